@@ -1,0 +1,55 @@
+"""Package metadata. `requirements.txt` pins the versions that are tested; the ranges here are what should work."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "valle" / "__init__.py").read_text()).group(1)
+
+HUB = ["transformers>=5.0"]
+EVAL = [
+    "speechmos",
+    "onnxruntime",
+    "librosa",
+    "requests",
+]  # the last three: needed by speechmos, not declared by it
+TENSORBOARD = ["tensorboard>=2.16"]
+REPORT = ["matplotlib>=3.8"]
+DEV = ["pytest>=8", "ruff", "mypy", "pre-commit", "types-PyYAML", "types-tqdm"]
+
+setup(
+    name="valle",
+    version=VERSION,
+    description="Codec language models: from recordings to codec tokens, AudioLM training and continuation",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["valle", "valle.*"]),
+    package_data={"valle": ["codecs/assets/**/*", "**/conf/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "scipy",  # lhotse needs it and urllib3 without declaring them
+        "urllib3",
+        "lhotse>=1.30",
+        "soundfile>=0.12",
+        "soxr",
+        "av>=12",
+        "safetensors",
+        "PyYAML",
+        "tqdm",
+    ],
+    extras_require={
+        "hub": HUB,
+        "codecs": HUB,
+        "eval": EVAL,
+        "tensorboard": TENSORBOARD,
+        "report": REPORT,
+        "dev": DEV,
+        "all": HUB + EVAL + TENSORBOARD + REPORT,
+    },
+)

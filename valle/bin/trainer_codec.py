@@ -1,0 +1,91 @@
+"""Train the project's own codec: `--train-stage 1` everything, then `2` the decoder against a discriminator.
+
+Stage 2 keeps encoder and codebooks, so language models trained on the codes of stage 1 stay valid. `--export DIR`
+writes the best weights so far as a codec folder, for `--codec DIR`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from valle.codecs.spectral_codec import SpectralCodec, SpectralCodecConfig
+from valle.codecs.training import CodecTraining
+from valle.config import TrainConfig, option, parse, to_dict
+from valle.data.manifests import read_manifest
+from valle.data.waveforms import RandomSegments
+from valle.engine.checkpoint import load_checkpoint
+from valle.engine.trainer import Trainer
+from valle.utils import distributed
+from valle.utils.command import run
+from valle.utils.errors import UserError
+from valle.utils.log import setup_logger
+
+
+@dataclass
+class CodecDataConfig:
+    """What the codec is trained on."""
+
+    manifest: str = option(
+        "data/manifests/cuts_all.jsonl.gz",
+        "cuts with custom 'split' (train and validation are read), as stage 1 of a recipe writes; comma list",
+        path=True,
+    )
+    segment: float = option(1.28, "seconds of a training piece")
+    batch_size: int = option(24, "pieces in a batch")
+    export: str | None = option(None, "write a codec folder there, from the best checkpoint in --exp-dir, and stop")
+
+
+def split_paths(manifests: str, split: str) -> list[Path]:
+    """Audio files of one split; of a recipe's joined and single cuts, the joined ones (the same audio)."""
+    paths: dict[Path, None] = {}
+    for manifest in manifests.split(","):
+        cuts = [cut for cut in read_manifest(Path(manifest.strip())) if (cut.custom or {}).get("split") == split]
+        kinds = {(cut.custom or {}).get("kind") for cut in cuts}
+        for cut in cuts:
+            if "audio" not in kinds or (cut.custom or {}).get("kind") == "audio":
+                paths[Path(cut.recording.sources[0].source)] = None
+    return list(paths)
+
+
+def export(exp_dir: Path, folder: Path) -> None:
+    """Write the best codec in `exp_dir` as a folder for `load_codec`."""
+    contents = load_checkpoint(exp_dir / "best-valid-loss.pt")
+    codec = SpectralCodec(SpectralCodecConfig(**contents["config"]["codec"]))
+    prefix = "codec."
+    weights = {k[len(prefix) :]: v for k, v in contents["model"].items() if k.startswith(prefix)}
+    codec.load_state_dict(weights)
+    codec.save(folder)
+    print(f"wrote {folder} from step {contents['step']}, stage {contents['train_stage']}")
+
+
+def train(data: CodecDataConfig, config: TrainConfig, architecture: SpectralCodecConfig) -> None:
+    """One stage of the training."""
+    setup_logger(Path(config.exp_dir) / "log" / f"train-stage{config.train_stage}.log")
+    torch.manual_seed(config.seed + distributed.rank())
+    rate = architecture.sample_rate
+    sources = [
+        RandomSegments(split_paths(data.manifest, split), rate, data.segment, data.batch_size, seed)
+        for split, seed in (("train", config.seed + 1000 * distributed.rank()), ("validation", 0))
+    ]
+    model = CodecTraining(SpectralCodec(architecture))
+    saved = {"config": {"codec": dataclasses.asdict(architecture), "data": to_dict(data), "train": to_dict(config)}}
+    trainer = Trainer(model, config, sources[0], sources[1], saved)
+    trainer.resume()
+    trainer.run()
+
+
+def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> None:
+    """Entry point; `defaults` is a recipe's YAML file."""
+    data, config = parse(__doc__ or "", [CodecDataConfig, TrainConfig], argv, defaults)
+    if data.export:
+        return export(Path(config.exp_dir), Path(data.export))
+    if config.train_stage not in (1, 2):
+        raise UserError("--train-stage must be 1 (everything) or 2 (decoder, adversarial) for the codec")
+    distributed.launch(train, (data, config, SpectralCodecConfig()), config.world_size, config.master_port)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""Neural codecs behind one interface: `load_codec(name_or_dir)`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from valle.codecs.base import Codec
+from valle.codecs.spectral_codec import SpectralCodec
+from valle.utils.errors import UserError
+
+DEFAULT_CODEC = "valle_16khz"
+ASSETS = Path(__file__).parent / "assets"
+
+
+def _own(name: str, num_quantizers: int | None) -> Codec:
+    folder = Path(name) if Path(name).is_dir() else ASSETS / name
+    codec = SpectralCodec.load(folder, name)
+    if num_quantizers is not None:
+        if not 1 <= num_quantizers <= codec.num_quantizers:
+            raise UserError(f"codec '{name}' has {codec.num_quantizers} quantizers, {num_quantizers} were asked for")
+        codec.num_quantizers = num_quantizers
+    return codec
+
+
+def _hub(name: str, num_quantizers: int | None) -> Codec:
+    from valle.codecs.hf import build_hf_codec
+
+    return build_hf_codec(name, num_quantizers)
+
+
+BUILDERS: dict[str, Callable[[str, int | None], Codec]] = {
+    DEFAULT_CODEC: _own,
+    "encodec_24khz": _hub,
+    "encodec_32khz": _hub,
+    "encodec_48khz": _hub,
+    "dac_16khz": _hub,
+    "dac_24khz": _hub,
+    "dac_44khz": _hub,
+    "mimi": _hub,
+}
+FOLDER_BUILDERS: dict[str, Callable[[str, int | None], Codec]] = {
+    "valle_spectral": _own,
+    "encodec": _hub,
+    "dac": _hub,
+    "mimi": _hub,
+}
+
+
+def load_codec(
+    name_or_dir: str | Path = DEFAULT_CODEC,
+    device: str | torch.device = "cpu",
+    num_quantizers: int | None = None,
+) -> Codec:
+    """Load a codec by its name, from a local folder, or by a hub name (`owner/model`).
+
+    Args:
+        name_or_dir: one of `BUILDERS`, a folder with a `config.json`, or a hub name.
+        device: where it runs.
+        num_quantizers: use only the first so many quantizers (default: the codec's own choice).
+
+    Raises:
+        UserError: unknown name, folder without a codec, or weights that cannot be had.
+    """
+    name = str(name_or_dir)
+    if name in BUILDERS:
+        builder = BUILDERS[name]
+    elif Path(name).is_dir():
+        builder = FOLDER_BUILDERS[_model_type(Path(name))]
+    elif name.count("/") == 1 and not name.startswith((".", "/")):
+        builder = _hub
+    else:
+        raise UserError(f"unknown codec '{name}'; known: {', '.join(BUILDERS)}, a hub name, or a folder with config.json")
+    return builder(name, num_quantizers).to(device).eval()
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"codec folder '{folder}' has no readable config.json") from error
+    if kind not in FOLDER_BUILDERS:
+        raise UserError(f"codec folder '{folder}': model_type '{kind}', known: {', '.join(FOLDER_BUILDERS)}")
+    return kind
+
+
+__all__ = ["BUILDERS", "DEFAULT_CODEC", "Codec", "load_codec"]

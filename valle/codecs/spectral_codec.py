@@ -1,0 +1,154 @@
+"""The project's own trainable codec: small enough to train on a laptop, fast enough to be free beside the LM.
+
+    wav -> log-mel frames -> ConvNeXt blocks -> residual quantizer -> ConvNeXt blocks -> complex spectra -> wav
+
+Everything runs at the frame rate (50 Hz); only the first and the last step touch samples. The head writes two
+half-hop spectra a frame, so that pitch pulses keep their place in time.
+Sources: Vocos (arXiv 2306.00814) for the spectral head; SoundStream (arXiv 2107.03312) for the quantizer.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from valle.codecs.base import Codec
+from valle.modules.convolutions import ConvNeXtStack
+from valle.modules.quantizer import ResidualQuantizer
+from valle.modules.spectral import InverseSpectrogram, LogMel
+from valle.utils.errors import UserError
+from valle.utils.files import atomic_path, write_json
+
+SUBFRAMES = 2  # spectra a frame, on both sides
+TRAINING_ONLY = (".usage", ".sums", ".started")  # codebook state that inference does not need
+
+
+@dataclass
+class SpectralCodecConfig:
+    """Architecture of the project's own codec."""
+
+    sample_rate: int = 16000  # Hz
+    hop_length: int = 320  # samples a frame
+    num_quantizers: int = 4
+    codebook_size: int = 1024
+    n_fft: int = 640  # samples a spectrum sees
+    n_mels: int = 80
+    latent_dim: int = 64
+    encoder_dim: int = 256
+    encoder_depth: int = 5
+    encoder_kernel: int = 5
+    decoder_dim: int = 384
+    decoder_depth: int = 7
+    decoder_kernel: int = 7
+    quantizer_dropout: float = 0.25
+
+
+class SpectralCodec(Codec):
+    """Mel frames in, quantized latents between, spectra and phases out."""
+
+    channels = 1
+
+    def __init__(self, config: SpectralCodecConfig, name: str = "spectral") -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        self.sample_rate, self.hop_length = config.sample_rate, config.hop_length
+        self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        half_hop = config.hop_length // SUBFRAMES
+        self.num_bins = config.n_fft // 2 + 1
+        self.features = LogMel(config.sample_rate, config.n_fft, half_hop, config.n_mels)
+        self.encoder = ConvNeXtStack(
+            SUBFRAMES * config.n_mels, config.encoder_dim, config.encoder_depth, config.encoder_kernel
+        )
+        self.to_latent = nn.Linear(config.encoder_dim, config.latent_dim)
+        self.quantizer = ResidualQuantizer(
+            config.latent_dim, config.num_quantizers, config.codebook_size, config.quantizer_dropout
+        )
+        self.decoder = ConvNeXtStack(
+            config.latent_dim, config.decoder_dim, config.decoder_depth, config.decoder_kernel
+        )
+        self.head = nn.Linear(config.decoder_dim, SUBFRAMES * 2 * self.num_bins)
+        self.synthesis = InverseSpectrogram(config.n_fft, half_hop)
+
+    def latents(self, wav: Tensor) -> Tensor:
+        """(B, 1, N) -> (B, T, latent_dim), before quantization."""
+        missing = -wav.shape[-1] % self.hop_length
+        mel = self.features(nn.functional.pad(wav[:, 0], (0, missing)))  # (B, 2T, n_mels)
+        batch, num, n_mels = mel.shape
+        stacked = mel.reshape(batch, num // SUBFRAMES, SUBFRAMES * n_mels)
+        return self.to_latent(self.encoder(0.25 * stacked + 1.0))  # log-mel lies in about -11.5 … 3
+
+    def synthesize(self, latents: Tensor) -> Tensor:
+        """(B, T, latent_dim) -> (B, 1, T · hop_length)."""
+        out = self.head(self.decoder(latents))
+        batch, num_frames, _ = out.shape
+        out = out.view(batch, num_frames * SUBFRAMES, 2, self.num_bins)
+        magnitude = out[:, :, 0].clamp(max=6.0).exp()
+        spectrum = torch.polar(magnitude, out[:, :, 1])
+        return self.synthesis(spectrum)[:, None]
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        return self.quantizer.encode(self.latents(wav))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        if codes.dim() != 3 or not 1 <= codes.shape[-1] <= self.num_quantizers:
+            raise UserError(
+                f"codec '{self.name}' decodes codes (B, T, up to {self.num_quantizers}), found {tuple(codes.shape)}"
+            )
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
+            raise UserError(
+                f"codec '{self.name}': codes from {int(codes.min())} to {int(codes.max())}, "
+                f"expected 0 to {self.codebook_size - 1}"
+            )
+        return self.synthesize(self.quantizer.decode(codes.long()))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` (half precision, inference only) into `folder`."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        weights = {
+            key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+            for key, value in self.state_dict().items()
+            if not key.endswith(TRAINING_ONLY)
+        }
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file(weights, temporary)
+        write_json(folder / "config.json", {"model_type": "valle_spectral", **dataclasses.asdict(self.config)})
+
+    @classmethod
+    def load(cls, folder: str | Path, name: str | None = None) -> "SpectralCodec":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: a file is missing or does not fit.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise UserError(f"codec folder '{folder}' has no {file}")
+        settings = json.loads((folder / "config.json").read_text())
+        settings.pop("model_type", None)
+        codec = cls(SpectralCodecConfig(**settings), name or str(folder))
+        try:
+            weights = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+            codec.load_inference_weights(weights)
+        except Exception as error:
+            raise UserError(f"codec weights '{folder / 'model.safetensors'}' do not fit: {error}") from error
+        return codec.eval()
+
+    def load_inference_weights(self, weights: dict[str, Tensor]) -> None:
+        """Load strictly all but the codebooks' training state."""
+        state = {key: value for key, value in self.state_dict().items() if key.endswith(TRAINING_ONLY)}
+        self.load_state_dict({**state, **weights}, strict=True)
+
+    def fingerprint(self) -> str:
+        """As `Codec.fingerprint`, over the inference weights only."""
+        kept = {key: value for key, value in self.state_dict().items() if not key.endswith(TRAINING_ONLY)}
+        return self._digest(kept)

@@ -1,0 +1,241 @@
+"""Configuration: one dataclass a part; defaults < conf/*.yaml < command line; unknown keys are errors.
+
+A command lists the parts it needs and gets an instance of each: `model, data, train = parse(...)`. The parts are
+saved in the checkpoint, so that inference needs no architecture flag.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from valle.utils.errors import UserError
+
+
+def option(default: Any, help: str, choices: Sequence[Any] | None = None, path: bool = False) -> Any:
+    """A configuration field with its help text.
+
+    `choices` restricts it. A `path` in a recipe's own conf/*.yaml is relative to the recipe's folder.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "path": path})
+
+
+@dataclass
+class ModelConfig:
+    """The AudioLM's architecture (names of the VALL-E recipes)."""
+
+    model_name: str = option("audio-lm", "model to train", ["audio-lm"])
+    decoder_dim: int = option(1024, "width of the AR decoder")
+    nhead: int = option(16, "attention heads")
+    num_decoder_layers: int = option(12, "layers of each decoder")
+    num_quantizers: int | None = option(None, "quantizers to model (default: all that the codec has)")
+    scale_factor: float = option(1.0, "width of the NAR decoder relative to the AR decoder")
+    norm_first: bool = option(True, "normalize before each block (pre-norm)")
+    add_prenet: bool = option(False, "pass the embeddings through a small network first")
+    prefix_mode: int = option(0, "VALL-E's acoustic prefix; an AudioLM's prompt is its prefix, so only 0", [0])
+    share_embedding: bool = option(False, "tie each output layer to the embedding of the codes it predicts")
+    prepend_bos: bool = option(False, "put a begin symbol between prompt and target")
+    dropout: float = option(0.1, "dropout in the decoders, 0 to 1")
+
+
+@dataclass
+class DataConfig:
+    """Which cuts are read and how they are batched and split."""
+
+    manifest_dir: str = option("data/tokenized", "folder with cuts_train.jsonl.gz and cuts_validation.jsonl.gz", path=True)
+    max_duration: float = option(80.0, "seconds of audio in a batch")
+    filter_min_duration: float = option(0.0, "leave out cuts shorter than this, in seconds")
+    filter_max_duration: float = option(20.0, "leave out cuts longer than this, in seconds")
+    bucketing_sampler: bool = option(True, "batch cuts of similar duration")
+    num_buckets: int = option(10, "duration buckets")
+    shuffle: bool = option(True, "draw the training cuts in a new order each epoch")
+    buffer_size: int = option(20000, "cuts held in memory for shuffling and bucketing")
+    drop_last: bool = option(False, "leave out the last, incomplete batches of an epoch")
+    num_workers: int = option(0, "processes that read batches ahead; 0 reads in the training process")
+    prompt_ratio: float = option(0.4, "part of each recording that is the prompt; the rest is the target")
+    prompt_ratio_range: str | None = option(
+        None, "LOW,HIGH: draw the ratio anew for each row and epoch (validation keeps --prompt-ratio)"
+    )
+
+
+@dataclass
+class TrainConfig:
+    """The engine's settings, the same for every model."""
+
+    exp_dir: str = option("exp/audio-lm", "where checkpoints, logs and TensorBoard events go", path=True)
+    train_stage: int = option(0, "0: everything, 1: AR only, 2: NAR only", [0, 1, 2])
+    num_epochs: int = option(20, "epochs to train")
+    max_steps: int = option(0, "stop after so many steps; 0: no limit")
+    max_minutes: float = option(0.0, "stop after so many minutes in the training loop; 0: no limit")
+    start_epoch: int = option(1, "resume after epoch N-1 (loads epoch-(N-1).pt)")
+    start_batch: int = option(0, "resume from checkpoint-N.pt; takes precedence over --start-epoch")
+    resume: bool = option(True, "go on from the newest checkpoint of this stage in --exp-dir, if there is one")
+    base_lr: float = option(0.05, "base learning rate (0.05 suits ScaledAdam, 5e-4 AdamW)")
+    optimizer_name: str = option("ScaledAdam", "optimizer", ["ScaledAdam", "AdamW"])
+    scheduler_name: str = option("Eden", "learning-rate schedule", ["Eden", "cosine", "constant"])
+    warmup_steps: int = option(200, "steps of learning-rate warm-up")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    clip_grad_norm: float = option(1.0, "largest gradient norm (AdamW)")
+    accumulate_grad_steps: int = option(1, "batches summed up in one step")
+    dtype: str = option("float32", "arithmetic of the forward pass", ["float32", "bfloat16", "float16"])
+    world_size: int = option(1, "processes that train together")
+    master_port: int = option(12354, "port on which the processes meet")
+    seed: int = option(42, "seed of everything random")
+    log_interval: int = option(50, "steps between two log lines")
+    valid_interval: int = option(0, "steps between two validations; 0: at the end of each epoch")
+    save_every_n: int = option(0, "steps between two checkpoint-<step>.pt; 0: only at the end of epochs")
+    keep_last_k: int = option(5, "checkpoint-<step>.pt and epoch-N.pt files to keep of each kind")
+    average_period: int = option(0, "steps between two updates of the averaged model; 0: no averaging")
+    patience: int = option(0, "stop after so many validations without a better loss; 0: never")
+    tensorboard: bool = option(True, "write TensorBoard events")
+    inf_check: bool = option(False, "stop on the first non-finite loss or gradient, naming step and parameter")
+    oom_check: bool = option(False, "run the largest batch once before training")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A part as a plain dict, as it is saved in checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def parse(
+    description: str,
+    parts: Sequence[type],
+    argv: Sequence[str] | None = None,
+    defaults: str | Path | None = None,
+    prog: str | None = None,
+) -> list[Any]:
+    """Read a command's configuration.
+
+    Args:
+        description: first line of `--help`.
+        parts: dataclasses whose fields become flags; field names are unique over the parts.
+        argv: the command line without the program's name.
+        defaults: a recipe's conf/*.yaml, below `--config` and the flags.
+        prog: program name in `--help`.
+
+    Returns:
+        One instance a part, in order.
+
+    Raises:
+        UserError: an unknown key or flag, or a value of the wrong type.
+    """
+    fields = {field.name: field for part in parts for field in dataclasses.fields(part)}
+    parser = _Parser(prog=prog, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml",
+                        help="flat keys, named as the flags; the command line wins")  # fmt: skip
+    hints = {name: kind for part in parts for name, kind in typing.get_type_hints(part).items()}
+    for part in parts:
+        group = parser.add_argument_group((part.__doc__ or part.__name__).strip().splitlines()[0])
+        for field in dataclasses.fields(part):
+            _add_flag(group, field, hints[field.name])
+    given = vars(parser.parse_args(_dashes(argv)))
+    values: dict[str, Any] = {}
+    if defaults is not None:
+        recipe = Path(defaults).resolve().parents[1]
+        for name, value in _read_yaml(Path(defaults), fields, hints).items():
+            values[name] = str(recipe / value) if fields[name].metadata.get("path") and value else value
+    for path in given.pop("config"):
+        values.update(_read_yaml(Path(path), fields, hints))
+    values.update({name: value for name, value in given.items() if value is not None})
+    for name, value in values.items():
+        choices = fields[name].metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be one of {list(choices)}")
+    return [
+        part(**{field.name: values[field.name] for field in dataclasses.fields(part) if field.name in values})
+        for part in parts
+    ]
+
+
+def parse_bool(text: str) -> bool:
+    """`true`/`false` (also yes/no, 1/0), as the recipes write booleans."""
+    lowered = text.lower()
+    if lowered in ("true", "yes", "1", "on"):
+        return True
+    if lowered in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _dashes(argv: Sequence[str] | None) -> list[str] | None:
+    """`--exp_dir X` and `--exp-dir X` are the same flag."""
+    if argv is None:
+        return None
+    out = []
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = name.replace("_", "-") + equals + value
+        out.append(argument)
+    return out
+
+
+def _plain_type(kind: Any) -> type:
+    """`int | None` -> int."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(member for member in typing.get_args(kind) if member is not type(None))
+    return kind
+
+
+def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
+    plain = _plain_type(kind)
+    shown = str(field.default).lower() if plain is bool else field.default
+    text = field.metadata.get("help", "")
+    if field.default is not dataclasses.MISSING and field.default is not None:
+        text = f"{text} (default: {shown})"
+    group.add_argument(
+        "--" + field.name.replace("_", "-"),
+        dest=field.name,
+        type=parse_bool if plain is bool else plain,
+        choices=field.metadata.get("choices"),
+        default=None,
+        metavar="true|false" if plain is bool else (None if field.metadata.get("choices") else plain.__name__.upper()),
+        help=text.replace("%", "%%"),
+    )
+
+
+def _read_yaml(path: Path, fields: dict[str, dataclasses.Field], hints: dict[str, Any]) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"configuration '{path}' does not exist")
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration '{path}' is no valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"configuration '{path}' must hold 'key: value' lines")
+    values = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise UserError(f"configuration '{path}': unknown key '{key}'; known: {', '.join(sorted(fields))}")
+        plain = _plain_type(hints[name])
+        if plain is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if plain is float and isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if value is not None and not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+            raise UserError(
+                f"configuration '{path}': {key} is {value!r} ({type(value).__name__}), expected {plain.__name__}"
+            )
+        values[name] = value
+    return values

@@ -1,0 +1,305 @@
+"""Manifests: from audio files to lhotse recordings, supervisions and cuts. Stage 1 of every recipe, and stage 3.
+
+Nothing here knows a corpus. What is written again with the same content is left alone, byte and time stamp, so that
+running a stage twice changes nothing.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
+from lhotse.audio import AudioSource
+from lhotse.cut import Cut
+from lhotse.qa import validate_recordings_and_supervisions
+from lhotse.utils import fastcopy
+
+from valle.utils.errors import UserError
+from valle.utils.files import atomic_path
+
+SPLITS = ("train", "validation", "test")
+VALIDATION_PART = 0.1
+TEST_PART = 0.1
+MAX_ID_BYTES = 150  # of the 255 that a file name may have: a digest and suffixes are added
+
+
+def split_of(key: str) -> str:
+    """The split that `key` falls in: always the same one, about 80 % train, 10 % validation, 10 % test."""
+    place = position_of(key)
+    if place < 1.0 - VALIDATION_PART - TEST_PART:
+        return "train"
+    return "validation" if place < 1.0 - TEST_PART else "test"
+
+
+def position_of(key: str) -> float:
+    """A number in [0, 1) that depends on `key` only, evenly spread over keys (SHA-1)."""
+    return int(hashlib.sha1(key.encode()).hexdigest()[:12], 16) / 16**12
+
+
+def assign_splits(keys: Sequence[str]) -> dict[str, str]:
+    """`split_of` for every key, but with three keys or more no split stays empty.
+
+    An empty split takes the key that sorts first (by its hash) from the fullest one.
+    """
+    splits = {key: split_of(key) for key in keys}
+    if len(splits) < len(SPLITS):
+        return splits
+    for split in SPLITS:
+        counts = Counter(splits.values())
+        if counts[split] == 0:
+            fullest = max(SPLITS, key=lambda name: counts[name])
+            moved = min((key for key in splits if splits[key] == fullest), key=position_of)
+            splits[moved] = split
+    return splits
+
+
+def normalize_text(text: str) -> str:
+    """Sentence identity: case, punctuation and spaces do not count. May be empty."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded))
+
+
+def cut_windows(num_samples: int, sample_rate: int, min_duration: float, max_duration: float, key: str) -> list[range]:
+    """Cut a long recording into consecutive pieces.
+
+    Args:
+        num_samples: length of the recording, in samples.
+        sample_rate: Hz.
+        min_duration: no piece is shorter, in seconds.
+        max_duration: no piece is longer, in seconds.
+        key: seed of the random lengths, which are spread evenly between the two.
+
+    Returns:
+        Sample ranges in order. They cover the recording; only where that cannot be done (shorter than
+        `min_duration`, or `max_duration` below twice the minimum) its end is left out. [] when it is too short.
+    """
+    shortest = int(np.ceil(min_duration * sample_rate))
+    longest = int(np.floor(max_duration * sample_rate))
+    draw = random.Random(key)
+    windows = []
+    start = 0
+    while num_samples - start > longest:
+        # The rest must still hold one whole piece.
+        length = draw.randint(shortest, max(shortest, min(longest, num_samples - start - shortest)))
+        windows.append(range(start, start + length))
+        start += length
+    if num_samples - start >= shortest:
+        windows.append(range(start, num_samples))
+    return windows
+
+
+def join_groups(
+    durations: Sequence[float], min_duration: float, max_duration: float, pause: float, key: str
+) -> list[list[int]]:
+    """Group neighbouring clips so that each group, joined, lasts `min_duration` to `max_duration` seconds.
+
+    Group lengths are drawn evenly between the two (seed `key`). Every clip is in exactly one group, in order. Where
+    clip borders do not allow it (one clip is longer than `max_duration`), a group lasts longer and is to be cut with
+    `cut_windows`; when all clips together are too short, the only group is.
+
+    Args:
+        durations: seconds of each clip.
+        pause: seconds of silence between two clips of a group.
+
+    Returns:
+        Indices of each group's clips.
+    """
+
+    def total(group: Sequence[int]) -> float:
+        return sum(durations[index] for index in group) + pause * (len(group) - 1)
+
+    draw = random.Random(key)
+    groups: list[list[int]] = []
+    current: list[int] = []
+    wanted = draw.uniform(min_duration, max_duration)
+    for index in range(len(durations)):
+        if current and total(current) >= min_duration and total([*current, index]) > max_duration:
+            groups.append(current)
+            current, wanted = [], draw.uniform(min_duration, max_duration)
+        current.append(index)
+        if total(current) >= wanted:
+            groups.append(current)
+            current, wanted = [], draw.uniform(min_duration, max_duration)
+    if current and groups and total(current) < min_duration:
+        rest = groups.pop() + current
+        borders = [at for at in range(1, len(rest)) if min(total(rest[:at]), total(rest[at:])) >= min_duration]
+        fitting = [at for at in borders if max(total(rest[:at]), total(rest[at:])) <= max_duration]
+        if total(rest) > max_duration and fitting:
+            groups.extend([rest[: fitting[0]], rest[fitting[0] :]])
+        else:
+            groups.append(rest)
+    elif current:
+        groups.append(current)
+    return groups
+
+
+def file_id(name: str) -> str:
+    """A relative path without its suffix as an identifier that may name a file: letters of any script, digits, .-_"""
+    clean = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name)).strip("_.") or "_"
+    if len(clean.encode()) <= MAX_ID_BYTES:
+        return clean
+    start = clean.encode()[: MAX_ID_BYTES - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha1(clean.encode()).hexdigest()[:8]}"
+
+
+def write_audio(path: Path, wav: np.ndarray, sample_rate: int) -> None:
+    """Write (C, N) audio as 16-bit FLAC, atomically, unless the same audio is there already."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(wav, -1.0, 1.0).T, sample_rate, format="FLAC", subtype="PCM_16")
+    write_bytes(path, buffer.getvalue())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, unless it has this content already."""
+    if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_jsonl(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, gzipped when the name ends so; the same items give the same bytes."""
+    lines = "".join(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items)
+    content = lines.encode()
+    # No time stamp in the gzip header.
+    write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def write_cuts(path: Path, cuts: Iterable[Cut]) -> None:
+    """Write cuts as a lhotse manifest that `CutSet.from_file` reads."""
+    write_jsonl(path, (cut.to_dict() for cut in cuts))
+
+
+def read_manifest(path: Path) -> CutSet:
+    """Read cuts into memory.
+
+    Raises:
+        UserError: no such file, or it holds no cuts.
+    """
+    if not path.is_file():
+        raise UserError(f"manifest '{path}' does not exist; run the stage of prepare.sh that writes it")
+    try:
+        cuts = list(CutSet.from_file(path))
+    except Exception as error:  # lhotse and gzip raise a dozen kinds for what is not a manifest
+        raise UserError(f"'{path}' is no manifest of lhotse cuts ({type(error).__name__}: {error})") from error
+    if not all(isinstance(cut, Cut) for cut in cuts):
+        raise UserError(f"'{path}' is no manifest of lhotse cuts")
+    return CutSet.from_cuts(cuts)
+
+
+def make_recording(recording_id: str, path: Path, wav_shape: tuple[int, ...], sample_rate: int) -> Recording:
+    """A recording of one file.
+
+    Args:
+        wav_shape: (C, N) of the file.
+    """
+    channels, num_samples = wav_shape
+    return Recording(
+        id=recording_id,
+        sources=[AudioSource(type="file", channels=list(range(channels)), source=str(path.resolve()))],
+        sampling_rate=sample_rate,
+        num_samples=num_samples,
+        duration=num_samples / sample_rate,
+    )
+
+
+def make_supervision(
+    recording: Recording, text: str | None, speaker: str | None, language: str | None, split: str
+) -> SupervisionSegment:
+    """A supervision over a whole recording, with the recording's id."""
+    channels = recording.channel_ids or [0]
+    return SupervisionSegment(
+        id=recording.id,
+        recording_id=recording.id,
+        start=0.0,
+        duration=recording.duration,
+        channel=channels[0] if len(channels) == 1 else channels,
+        text=text,
+        speaker=speaker,
+        language=language,
+        custom={"split": split},
+    )
+
+
+def make_cut(
+    recording: Recording,
+    supervision: SupervisionSegment,
+    kind: str,
+    cut_id: str | None = None,
+    custom: Mapping[str, Any] | None = None,
+) -> Cut:
+    """A cut over a whole recording. `kind` is "audio" (for AudioLM) or "utterance" (one clip and its text)."""
+    cut = recording.to_cut()
+    cut.id = cut_id or recording.id
+    cut.supervisions = [supervision]
+    split = (supervision.custom or {})["split"]
+    cut.custom = {"split": split, "kind": kind, **(custom or {})}
+    return cut
+
+
+def write_manifests(
+    folder: Path,
+    corpus: str,
+    recordings: Sequence[Recording],
+    supervisions: Sequence[SupervisionSegment],
+    cuts: Sequence[Cut],
+) -> None:
+    """Validate and write <corpus>_recordings, <corpus>_supervisions and cuts_all (.jsonl.gz)."""
+    validate_recordings_and_supervisions(
+        RecordingSet.from_recordings(recordings), SupervisionSet.from_segments(supervisions)
+    )
+    for what, ids in (("recording", [item.id for item in recordings]), ("cut", [item.id for item in cuts])):
+        repeated = [item_id for item_id, count in Counter(ids).items() if count > 1]
+        if repeated:
+            raise UserError(f"{what} id '{repeated[0]}' occurs twice; rename one of its source files")
+    write_jsonl(folder / f"{corpus}_recordings.jsonl.gz", (item.to_dict() for item in recordings))
+    write_jsonl(folder / f"{corpus}_supervisions.jsonl.gz", (item.to_dict() for item in supervisions))
+    # Last: a run that was killed before leaves no manifest that stage 2 would take for whole.
+    write_cuts(folder / "cuts_all.jsonl.gz", cuts)
+
+
+def split_manifest(folder: Path) -> dict[str, int]:
+    """Stage 3: cuts_all.jsonl.gz -> cuts_<split>.jsonl.gz (kind audio), utterances_<split>.jsonl.gz (kind utterance).
+
+    Returns:
+        Number of cuts by file name.
+
+    Raises:
+        UserError: a cut without a valid split or kind, or a split without cuts.
+    """
+    prefixes = {"audio": "cuts", "utterance": "utterances"}
+    files: dict[str, list[Cut]] = {f"cuts_{split}.jsonl.gz": [] for split in SPLITS}
+    for cut in read_manifest(folder / "cuts_all.jsonl.gz"):
+        custom = cut.custom or {}
+        split, kind = custom.get("split"), custom.get("kind")
+        if split not in SPLITS or kind not in prefixes:
+            raise UserError(
+                f"cut '{cut.id}': split is {split!r} and kind is {kind!r}, expected one of {', '.join(SPLITS)} and"
+                f" one of {', '.join(prefixes)}; run prepare.sh --stage 1 again"
+            )
+        files.setdefault(f"{prefixes[kind]}_{split}.jsonl.gz", []).append(cut)
+    empty = [name for name, cuts in files.items() if not cuts]
+    if empty:
+        raise UserError(f"'{folder}': no cut for {', '.join(empty)}; more recordings are needed")
+    for name, cuts in files.items():
+        write_cuts(folder / name, cuts)
+    for split in SPLITS:
+        name = f"utterances_{split}.jsonl.gz"
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)
+    return {name: len(cuts) for name, cuts in files.items()}
+
+
+def with_codes(cut: Cut, codes: Any) -> Cut:
+    """A copy of the cut that carries `codes`, a lhotse TemporalArray, as `audio_features`."""
+    return fastcopy(cut, custom={**(cut.custom or {}), "audio_features": codes})

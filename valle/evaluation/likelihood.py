@@ -1,0 +1,90 @@
+"""What the model itself scores on held-out cuts: the AR loss, and each NAR quantizer given the true lower ones.
+
+Teacher forcing through the same functions as training and generation (`ar_logits`, `nar_logits`); batched by
+length, and each cut's figures are the same in any batch.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from valle.evaluation.scores import SplitCodes, TokenScores, frame_scores, stack_scores
+
+
+class ScoredModel(Protocol):
+    """What scoring needs of a model; see `valle.models.audio_lm.AudioLM`."""
+
+    num_quantizers: int
+
+    def ar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
+        """Prompt (B, S, Q) and codes y (B, T) of quantizer 0 -> (B, T + 1, V + 1); index V ends the target."""
+
+    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, q: int) -> Tensor:
+        """Prompt (B, S, Q), target (B, T, Q) of which y[..., :q] is read -> (B, T, V) for quantizer q."""
+
+
+@torch.inference_mode()
+def score_model(
+    model: ScoredModel,
+    splits: Sequence[SplitCodes],
+    device: str | torch.device = "cpu",
+    max_frames: int = 6000,
+    progress: bool = True,
+) -> TokenScores:
+    """Score every quantizer on the target frames of each cut.
+
+    Args:
+        model: an AudioLM in eval mode.
+        splits: held-out cuts; prompt and target have at least `model.num_quantizers` columns.
+        device: where the model is.
+        max_frames: padded frames in a batch.
+        progress: show a bar on stderr.
+
+    Returns:
+        Scores in the order of `splits`, for quantizers 0 (AR) to Q - 1 (NAR).
+    """
+    num_quantizers = model.num_quantizers
+    sums = np.zeros((len(splits), num_quantizers, 3))
+    bar = tqdm(total=len(splits), desc="scoring cuts", unit="cut", disable=not progress)
+    for rows in _batches(splits, max_frames):
+        x, x_lens = _pad([splits[row].prompt[:, :num_quantizers] for row in rows], device)
+        y, y_lens = _pad([splits[row].target[:, :num_quantizers] for row in rows], device)
+        real = torch.arange(y.shape[1], device=y.device) < y_lens[:, None]  # (B, T)
+        for quantizer in range(num_quantizers):
+            if quantizer == 0:
+                logits = model.ar_logits(x, x_lens, y[..., 0], y_lens)[
+                    :, : y.shape[1]
+                ]  # without the end's position
+            else:
+                logits = model.nar_logits(x, x_lens, y, y_lens, quantizer)
+            scores = frame_scores(logits.float(), y[..., quantizer])  # (B, T, 3)
+            scores = torch.where(real[..., None], scores, 0.0)
+            sums[rows, quantizer] = scores.sum(dim=1).cpu().numpy()
+        bar.update(len(rows))
+    bar.close()
+    return stack_scores([len(split.target) for split in splits], sums)
+
+
+def _batches(splits: Sequence[SplitCodes], max_frames: int) -> list[list[int]]:
+    """Rows sorted by length, in batches of at most `max_frames` padded frames (at least one cut)."""
+    lengths = [len(split.prompt) + len(split.target) for split in splits]
+    batches: list[list[int]] = []
+    for row in sorted(range(len(splits)), key=lambda row: lengths[row]):
+        if batches and lengths[row] * (len(batches[-1]) + 1) <= max_frames:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _pad(codes: Sequence[np.ndarray], device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """(T_i, Q) arrays -> (B, T, Q) int64, right-padded with zeros, and (B,) lengths."""
+    lengths = torch.tensor([len(part) for part in codes], device=device)
+    padded = torch.zeros(len(codes), int(lengths.max()), codes[0].shape[1], dtype=torch.int64)
+    for row, part in enumerate(codes):
+        padded[row, : len(part)] = torch.from_numpy(part.astype(np.int64))
+    return padded.to(device), lengths

@@ -1,0 +1,511 @@
+"""AudioLM: audio continued by audio, on neural-codec tokens alone.
+
+    prompt (B, S, Q) ──► AR decoder: quantizer 0 of the target, frame by frame; full attention inside the prompt,
+                         causal in the target, the first target frame predicted from the prompt
+                     ──► NAR decoder: quantizer q = 1 … Q-1 of all target frames at once, from the prompt and the
+                         sum of the target's quantizers below q; attention both ways
+
+`ar_logits` and `nar_logits` are the only places that compute logits; training and generation both call them.
+Source: VALL-E (arXiv 2301.02111, sections 4.2.1 and 4.2.2), with audio in the place of text.
+
+Shapes: B batch, S prompt frames, T target frames, Q quantizers, V codebook size, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from valle.generation.decoding import Decoded, decode
+from valle.generation.sampling import Sampling, make_streams
+from valle.modules.cache import KVCache
+from valle.modules.embeddings import sum_embeddings
+from valle.modules.masks import lengths_to_mask, prefix_causal_mask
+from valle.modules.transformer import Transformer
+from valle.utils.errors import UserError
+
+TOP = 10  # ArTop10Accuracy and NarTop10Accuracy
+Metrics = dict[str, tuple[float, int]]
+
+
+class AudioLMOutput(NamedTuple):
+    """What `forward` returns.
+
+    Attributes:
+        predictions: logits by name: "ar" (B, T + 1, V + 1), "nar" (B, T, V) of the last quantizer computed.
+        loss: summed (or averaged, or per row) cross-entropy in nats.
+        metrics: name -> (sum, count).
+    """
+
+    predictions: dict[str, Tensor]
+    loss: Tensor
+    metrics: Metrics
+
+
+class StageLoss(NamedTuple):
+    """What the training engine takes: loss sum in nats, number of targets, metrics."""
+
+    loss: Tensor
+    num_targets: int
+    metrics: Metrics
+
+
+@dataclass
+class Generation:
+    """What `generate` returns, one entry a row.
+
+    Attributes:
+        codes: (S_i + new_i, Q) int64 each: prompt and continuation.
+        prompt_lens: S_i.
+        finish_reasons: "length" or "eos".
+        log_probs: (new_i,) each: log-probability of quantizer 0's codes under the model.
+    """
+
+    codes: list[Tensor]
+    prompt_lens: list[int]
+    finish_reasons: list[str]
+    log_probs: list[Tensor]
+
+
+class AudioLM(nn.Module):
+    """Audio language model with an autoregressive and a non-autoregressive decoder.
+
+    Args:
+        d_model: width D of the AR decoder.
+        nhead: attention heads.
+        num_layers: layers of each decoder.
+        norm_first: normalize before each block.
+        add_prenet: pass embeddings through a small network first.
+        num_quantizers: Q.
+        nar_scale_factor: width of the NAR decoder relative to D.
+        prepend_bos: put a begin symbol between prompt and target.
+        codebook_size: V.
+        share_embedding: tie each output layer to the table of the codes it predicts.
+        dropout: in both decoders.
+        position: "rope" or "sine".
+        activation: "gelu" or "relu".
+    """
+
+    loss_unit = "nats/token"
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        num_layers: int,
+        norm_first: bool = True,
+        add_prenet: bool = False,
+        num_quantizers: int = 4,
+        nar_scale_factor: float = 1.0,
+        prepend_bos: bool = False,
+        codebook_size: int = 2048,
+        share_embedding: bool = False,
+        dropout: float = 0.1,
+        position: str = "rope",
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        if num_quantizers < 1:
+            raise ValueError(f"num_quantizers is {num_quantizers}, expected 1 or more")
+        nar_dim, nar_heads = int(d_model * nar_scale_factor), max(1, int(nhead * nar_scale_factor))
+        self.num_quantizers, self.codebook_size, self.prepend_bos = num_quantizers, codebook_size, prepend_bos
+        self.eos, self.bos = codebook_size, codebook_size + 1
+
+        # Table 0 holds the codes of quantizer 0, wherever they stand, then EOS and, if used, BOS.
+        self.ar_audio_embedding = _embedding(codebook_size + 1 + int(prepend_bos), d_model)
+        self.ar_prompt_embeddings = nn.ModuleList(
+            _embedding(codebook_size, d_model) for _ in range(num_quantizers - 1)
+        )
+        self.ar_audio_prenet = _prenet(d_model) if add_prenet else nn.Identity()
+        self.ar_decoder = Transformer(
+            d_model, nhead, num_layers, dropout, norm_first, position=position, activation=activation
+        )
+        self.ar_predict_layer = nn.Linear(d_model, codebook_size + 1, bias=False)
+        if share_embedding:
+            if prepend_bos:
+                raise ValueError("share_embedding cannot be combined with prepend_bos: the AR tables differ in size")
+            self.ar_predict_layer.weight = self.ar_audio_embedding.weight
+
+        if num_quantizers > 1:
+            self.nar_audio_embeddings = nn.ModuleList(
+                _embedding(codebook_size, nar_dim) for _ in range(num_quantizers)
+            )
+            self.nar_segment_embedding = _embedding(2, nar_dim)  # prompt, target
+            self.nar_stage_embeddings = nn.ModuleList(_embedding(1, nar_dim) for _ in range(num_quantizers - 1))
+            self.nar_audio_prenet = _prenet(nar_dim) if add_prenet else nn.Identity()
+            self.nar_decoder = Transformer(
+                nar_dim, nar_heads, num_layers, dropout, norm_first,
+                adaptive=True, position=position, activation=activation,
+            )  # fmt: skip
+            self.nar_predict_layers = nn.ModuleList(
+                nn.Linear(nar_dim, codebook_size, bias=False) for _ in range(num_quantizers - 1)
+            )
+            if share_embedding:
+                for index, layer in enumerate(self.nar_predict_layers):
+                    layer.weight = self.nar_audio_embeddings[index + 1].weight
+
+    # ------------------------------------------------------------------ logits
+
+    def ar_logits(
+        self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of quantizer 0 for each target frame, given the prompt and the frames before it.
+
+        Args:
+            x: (B, S, Q) prompt codes. With a cache that already holds the prompt, ignored.
+            x_lens: (B,) prompt frames, at least 1.
+            y: (B, T) target codes of quantizer 0; T may be 0. With a filled cache, the new frames only.
+            y_lens: (B,) target frames, only needed where the padding of `y` is not a code.
+            cache: where keys and values are kept, from `new_cache`; rows are then right-aligned.
+
+        Returns:
+            (B, T + 1, V + 1): for target frame 0 … T, the last one what follows y; index V is the end. With a
+            filled cache (B, T, V + 1): what follows each new frame.
+        """
+        if y_lens is not None:
+            y = y.masked_fill(~lengths_to_mask(y_lens, y.shape[1]), 0)
+        if cache is not None and cache.length > 0:
+            columns = cache.length + torch.arange(y.shape[1], device=y.device)
+            positions = columns - cache.starts[:, None]
+            mask = None
+            if cache.ragged or y.shape[1] > 1:
+                keys = torch.arange(cache.length + y.shape[1], device=y.device)
+                mask = prefix_causal_mask(cache.starts, cache.prompt_lens, columns, keys)
+            hidden = self.ar_decoder(self._ar_embed(y), positions, mask, cache)
+            return self.ar_predict_layer(hidden)
+
+        prompt = self.ar_audio_prenet(sum_embeddings([self.ar_audio_embedding, *self.ar_prompt_embeddings], x))
+        prompt_lens = x_lens
+        if self.prepend_bos:
+            prompt, prompt_lens = _append(prompt, x_lens, self._ar_embed(torch.full_like(x[:, 0, 0], self.bos)))
+        longest = prompt.shape[1]
+        starts = torch.zeros_like(prompt_lens) if cache is None else longest - prompt_lens
+        sequence = _join(prompt, prompt_lens, self._ar_embed(y), starts)
+        columns = torch.arange(sequence.shape[1], device=x.device)
+        mask = prefix_causal_mask(starts, prompt_lens, columns, columns)
+        if cache is not None:
+            cache.starts, cache.prompt_lens = starts, prompt_lens
+            cache.ragged = bool((starts > 0).any())
+        positions = (columns - starts[:, None]).clamp(min=0)
+        hidden = self.ar_decoder(sequence, positions, mask, cache)
+        # The frame behind the prompt is predicted at the prompt's last position.
+        last = (starts + prompt_lens - 1)[:, None] + torch.arange(y.shape[1] + 1, device=x.device)
+        hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.ar_predict_layer(hidden)
+
+    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int | Tensor) -> Tensor:
+        """Logits of one quantizer for all target frames, given the prompt and the target's lower quantizers.
+
+        Args:
+            x: (B, S, Q) prompt codes.
+            x_lens: (B,).
+            y: (B, T, Q' ≤ Q) target codes; only quantizers below `quantizer` are read.
+            y_lens: (B,).
+            quantizer: 1 … Q-1, or one a row, (B,).
+
+        Returns:
+            (B, T, V).
+        """
+        if isinstance(quantizer, int):
+            quantizer = torch.full((x.shape[0],), quantizer, device=x.device)
+        segments = self.nar_segment_embedding.weight
+        prompt = sum_embeddings(list(self.nar_audio_embeddings), x) + segments[0]
+        target = segments[1].expand(y.shape[0], y.shape[1], -1)
+        for level in range(int(quantizer.max())):
+            read = (quantizer > level).view(-1, 1, 1)
+            target = target + self.nar_audio_embeddings[level](y[..., level]) * read
+        prompt, target = self.nar_audio_prenet(prompt), self.nar_audio_prenet(target)
+        starts = torch.zeros_like(x_lens)
+        sequence = _join(prompt, x_lens, target, starts)
+        total = x_lens + y_lens
+        mask = None
+        if bool((total < sequence.shape[1]).any()):
+            mask = lengths_to_mask(total, sequence.shape[1])[:, None, None]
+        stages = torch.cat([table.weight for table in self.nar_stage_embeddings])
+        condition = stages[quantizer - 1][:, None]  # (B, 1, D)
+        positions = torch.arange(sequence.shape[1], device=x.device)
+        hidden = self.nar_decoder(sequence, positions, mask, condition=condition)
+        columns = x_lens[:, None] + torch.arange(y.shape[1], device=x.device)
+        hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+        first = int(quantizer[0])
+        if bool((quantizer == first).all()):
+            return self.nar_predict_layers[first - 1](hidden)
+        heads = torch.stack([layer.weight for layer in self.nar_predict_layers])  # (Q-1, V, D)
+        return torch.einsum("btd,bvd->btv", hidden, heads[quantizer - 1])
+
+    def _ar_embed(self, y: Tensor) -> Tensor:
+        """(B, T) or (B,) codes of quantizer 0 -> (B, T or 1, D)."""
+        if y.dim() == 1:
+            y = y[:, None]
+        return self.ar_audio_prenet(self.ar_audio_embedding(y))
+
+    # ---------------------------------------------------------------- training
+
+    def forward(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor,
+        reduction: str = "sum",
+        train_stage: int = 0,
+    ) -> AudioLMOutput:
+        """Loss of a batch.
+
+        In training, the NAR stage draws one quantizer a row; in evaluation it goes through all of them, so that a
+        validation loss does not depend on a draw.
+
+        Args:
+            x: (B, S, Q) prompt, any integer type.
+            x_lens: (B,).
+            y: (B, T, Q) target.
+            y_lens: (B,).
+            reduction: "sum", "mean" over targets, or "none" for one sum a row, (B,).
+            train_stage: 0 both decoders, 1 AR only, 2 NAR only.
+        """
+        if reduction not in ("sum", "mean", "none"):
+            raise ValueError(f"reduction is {reduction!r}, expected 'sum', 'mean' or 'none'")
+        x, x_lens = self._check_codes(x, x_lens, "prompt x")
+        y, y_lens = self._check_codes(y, y_lens, "target y")
+        valid = lengths_to_mask(y_lens, y.shape[1])
+        rows = torch.zeros(x.shape[0], device=x.device)
+        predictions: dict[str, Tensor] = {}
+        metrics: Metrics = {}
+        count = 0
+        if train_stage in (0, 1):
+            logits = self.ar_logits(x, x_lens, y[..., 0], y_lens)
+            # The end follows the last frame; what is behind it is no target.
+            targets = F.pad(y[..., 0].masked_fill(~valid, 0), (0, 1))
+            targets.scatter_(1, y_lens[:, None], self.eos)
+            row_losses, number = _cross_entropy(logits, targets, lengths_to_mask(y_lens + 1, y.shape[1] + 1))
+            metrics["ArLoss"] = (float(row_losses.detach().sum()), number)
+            metrics["ArTop10Accuracy"] = (_top_correct(logits[:, :-1], y[..., 0], valid), int(y_lens.sum()))
+            predictions["ar"], rows, count = logits, rows + row_losses, count + number
+        if train_stage in (0, 2) and self.num_quantizers > 1:
+            for quantizer in self._nar_quantizers(x.shape[0], x.device):
+                logits = self.nar_logits(x, x_lens, y, y_lens, quantizer)
+                index = quantizer.view(-1, 1, 1).expand(-1, y.shape[1], 1)
+                targets = y.gather(2, index)[..., 0]
+                row_losses, number = _cross_entropy(logits, targets, valid)
+                correct = _top_correct(logits, targets, valid)
+                named = {"NarLoss": (float(row_losses.detach().sum()), number), "NarTop10Accuracy": (correct, number)}
+                if not self.training:
+                    named[f"NarTop10Accuracy_q{int(quantizer[0])}"] = (correct, number)
+                for name, (total, size) in named.items():
+                    before = metrics.get(name, (0.0, 0))
+                    metrics[name] = (before[0] + total, before[1] + size)
+                predictions["nar"], rows, count = logits, rows + row_losses, count + number
+        if not predictions:
+            raise ValueError(f"train_stage is {train_stage}, and there is nothing to train with {self.num_quantizers} quantizer(s)")
+        loss = {"sum": rows.sum, "mean": lambda: rows.sum() / count, "none": lambda: rows}[reduction]()
+        return AudioLMOutput(predictions, loss, metrics)
+
+    def _nar_quantizers(self, batch: int, device: torch.device) -> Iterator[Tensor]:
+        if self.training:
+            yield torch.randint(1, self.num_quantizers, (batch,)).to(device)
+            return
+        for quantizer in range(1, self.num_quantizers):
+            yield torch.full((batch,), quantizer, device=device)
+
+    def compute_loss(self, batch: dict[str, Any], stage: int) -> StageLoss:
+        """For the engine: batch with x, x_lens, y, y_lens."""
+        _, loss, metrics = self(batch["x"], batch["x_lens"], batch["y"], batch["y_lens"], "sum", stage)
+        count = sum(metrics[name][1] for name in ("ArLoss", "NarLoss") if name in metrics)
+        return StageLoss(loss, count, metrics)
+
+    def stage_parameters(self, stage: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """What a stage trains: 0 all, 1 `ar_*`, 2 `nar_*`."""
+        prefix = {0: ("ar_", "nar_"), 1: ("ar_",), 2: ("nar_",)}[stage]
+        return ((name, parameter) for name, parameter in self.named_parameters() if name.startswith(prefix))
+
+    # -------------------------------------------------------------- generation
+
+    @torch.inference_mode()
+    def inference(
+        self,
+        x: Tensor,
+        x_lens: Tensor | None = None,
+        max_new_tokens: int = 500,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_at_eos: bool = False,
+    ) -> Tensor:
+        """Prompt and continuation as one tensor.
+
+        Args:
+            x: (B, S, Q) prompt codes; (S, Q) is taken as one row.
+            x_lens: (B,) frames of each prompt (default: S each).
+            max_new_tokens: frames to add, exactly so many unless `stop_at_eos`.
+            temperature, top_k, top_p, seed: see `generate`.
+            stop_at_eos: let rows end where the model draws the end.
+
+        Returns:
+            (B, S + new, Q) int64. Row i is its x_lens[i] prompt frames, directly its continuation, then zeros.
+        """
+        result = self.generate(
+            x, x_lens, max_new_tokens, temperature, top_k, top_p, seed, 0 if stop_at_eos else max_new_tokens
+        )
+        longest = max(len(codes) for codes in result.codes)
+        if not stop_at_eos:
+            longest = (x.shape[0] if x.dim() == 2 else x.shape[1]) + max_new_tokens
+        return torch.stack([F.pad(codes, (0, 0, 0, longest - len(codes))) for codes in result.codes])
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        x: Tensor,
+        x_lens: Tensor | None = None,
+        max_new_tokens: int = 500,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        min_new_tokens: int = 0,
+        on_frame: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """Continue each prompt; rows do not influence each other.
+
+        Args:
+            x: (B, S, Q) prompt codes of any integer type; (S, Q) is taken as one row.
+            x_lens: (B,) frames of each prompt (default: S each).
+            max_new_tokens: frames to add at most.
+            temperature: 0 is greedy.
+            top_k: codes to draw from; 0 or less for all.
+            top_p: probability mass to draw from.
+            seed: of each row's own draw; the same seed gives the same result in any batch.
+            min_new_tokens: frames before which no row ends.
+            on_frame: called with the number of frames done.
+
+        Raises:
+            UserError: codes of the wrong shape or range.
+        """
+        if x.dim() == 2:
+            x = x[None]
+        if x_lens is None:
+            x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() == 3 else 0)
+        x, x_lens = self._check_codes(x.to(self.device), x_lens.to(self.device), "prompt x")
+        was_training = self.training
+        self.eval()
+        try:
+            sampling = Sampling(temperature, top_k, top_p)
+            first = self._decode_ar(x, x_lens, sampling, seed, max_new_tokens, min_new_tokens, on_frame)
+            target = self._decode_nar(x, x_lens, first)
+        finally:
+            self.train(was_training)
+        prompt_lens, new_lens = x_lens.tolist(), first.lens.tolist()
+        return Generation(
+            [torch.cat([x[i, :s], target[i, :n]]) for i, (s, n) in enumerate(zip(prompt_lens, new_lens, strict=True))],
+            prompt_lens,
+            first.finish_reasons,
+            [first.log_probs[i, :n] for i, n in enumerate(new_lens)],
+        )
+
+    def _decode_ar(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        sampling: Sampling,
+        seed: int | None,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        on_frame: Callable[[int], None] | None,
+    ) -> Decoded:
+        cache = self.ar_decoder.new_cache(x.shape[0], x.shape[1] + int(self.prepend_bos) + max(1, max_new_tokens))
+        logits = self.ar_logits(x, x_lens, x.new_zeros(x.shape[0], 0), cache=cache)[:, -1]
+        return decode(
+            logits,
+            lambda drawn: self.ar_logits(x, x_lens, drawn[:, None], cache=cache)[:, -1],
+            self.eos, sampling, make_streams(x.shape[0], seed), max_new_tokens, min_new_tokens, on_frame,
+        )  # fmt: skip
+
+    def _decode_nar(self, x: Tensor, x_lens: Tensor, first: Decoded) -> Tensor:
+        """Quantizers 1 … Q-1 of the continuation, the likeliest each: (B, N, Q)."""
+        target = first.tokens[..., None]
+        for quantizer in range(1, self.num_quantizers):
+            if target.shape[1] > 0:
+                codes = self.nar_logits(x, x_lens, target, first.lens, quantizer).argmax(-1, keepdim=True)
+            else:
+                codes = target[..., :1]
+            target = torch.cat([target, codes], -1)
+        return target
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.ar_audio_embedding.weight.device
+
+    def _check_codes(self, codes: Tensor, lens: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """Codes as int64 with their padding set to 0; a clear error on anything else than (B, T, Q) codes."""
+        if codes.dim() != 3 or codes.shape[-1] != self.num_quantizers:
+            raise UserError(
+                f"{what}: shape {tuple(codes.shape)}, expected (batch, frames, {self.num_quantizers} quantizers)"
+            )
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise UserError(f"{what}: codes are {codes.dtype}, expected an integer type")
+        codes, lens = codes.long(), lens.long()
+        if lens.shape != (codes.shape[0],) or int(lens.min()) < 1 or int(lens.max()) > codes.shape[1]:
+            raise UserError(
+                f"{what}: lengths {lens.tolist()[:8]}, expected {codes.shape[0]} numbers from 1 to {codes.shape[1]}"
+            )
+        codes = codes.masked_fill(~lengths_to_mask(lens, codes.shape[1])[..., None], 0)
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.codebook_size:
+            raise UserError(f"{what}: codes from {low} to {high}, expected 0 to {self.codebook_size - 1}")
+        return codes, lens
+
+
+def _embedding(size: int, dim: int) -> nn.Embedding:
+    table = nn.Embedding(size, dim)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
+
+
+def _prenet(dim: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.25), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.25),
+        nn.Linear(256, dim),
+    )  # fmt: skip
+
+
+def _append(x: Tensor, lens: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+    """Put `item` (B, 1, D) directly behind each row's valid frames."""
+    joined = F.pad(x, (0, 0, 0, 1))
+    index = lens.view(-1, 1, 1).expand(-1, 1, x.shape[-1])
+    return joined.scatter(1, index, item.to(joined.dtype)), lens + 1
+
+
+def _join(prompt: Tensor, prompt_lens: Tensor, target: Tensor, starts: Tensor) -> Tensor:
+    """Rows of [padding, prompt_i, target_i, padding], prompt and target without a gap.
+
+    Args:
+        prompt: (B, S, D), right-padded.
+        prompt_lens: (B,).
+        target: (B, T, D), right-padded.
+        starts: (B,) column at which each row begins.
+
+    Returns:
+        (B, S + T, D).
+    """
+    both = torch.cat([prompt, target], 1)
+    columns = torch.arange(both.shape[1], device=both.device) - starts[:, None]
+    gap = prompt.shape[1] - prompt_lens[:, None]
+    source = torch.where(columns < prompt_lens[:, None], columns, columns + gap).clamp(0, both.shape[1] - 1)
+    return both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, int]:
+    """Sum of nats per row (B,), and the number of valid targets."""
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return (losses * valid).sum(1), int(valid.sum())
+
+
+@torch.no_grad()
+def _top_correct(logits: Tensor, targets: Tensor, valid: Tensor) -> float:
+    """Number of valid targets among the `TOP` likeliest codes."""
+    top = logits.topk(min(TOP, logits.shape[-1]), -1).indices
+    return float(((top == targets[..., None]).any(-1) & valid).sum())

@@ -1,0 +1,1 @@
+"""Building blocks that know no task: attention, transformer, embeddings, convolutions, quantizer, spectra."""

@@ -1,0 +1,30 @@
+"""Reading checkpoints: weights only, so that a file which would run code on loading is refused.
+
+Both who generates (models) and who trains (engine) read them; writing is the engine's.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from valle.utils.errors import UserError
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, weights only: a file that would run code on loading is refused.
+
+    Raises:
+        UserError: missing, truncated, or no checkpoint of this toolkit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint '{path}' does not exist")
+    try:
+        contents = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, IndexError) as error:
+        raise UserError(f"'{path}' is not a checkpoint, or it is damaged ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(contents, dict) or "model" not in contents:
+        raise UserError(f"'{path}' is not a checkpoint of this toolkit: it has no 'model' entry")
+    return contents

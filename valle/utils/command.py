@@ -1,0 +1,32 @@
+"""How a command ends: well with 0, on bad input with one line and 2, on a bug with a traceback and 1."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from valle.utils.errors import UserError
+
+
+def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call `main(argv)`; turn a UserError into one line on stderr and exit code 2.
+
+    `--debug` anywhere on the command line shows the traceback of a UserError too.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        main(arguments)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)
