@@ -22,7 +22,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.installed  ## recordings -> tokens -> training -> continuations: prints where report.html is
-	$(VENV)/bin/python -m valle.bin.demo $(ARGS)
+	PYTHON=$(CURDIR)/$(VENV)/bin/python bash egs/asterisk/run.sh $(ARGS)
 
 test: $(VENV)/.installed-dev  ## every test that is quick
 	$(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
@@ -44,7 +44,7 @@ clean:  ## remove .venv and caches; recordings, tokens and checkpoints stay
 	find valle test egs -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "valle needs Python 3.10 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "valle needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt setup.py | $(VENV)/bin/python

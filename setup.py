@@ -9,12 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "valle" / "__init__.py").read_text()).group(1)
 
 HUB = ["transformers>=5.0"]
-EVAL = [
-    "speechmos",
-    "onnxruntime",
-    "librosa",
-    "requests",
-]  # the last three: needed by speechmos, not declared by it
+EVAL = ["speechmos", "onnxruntime"]  # speechmos carries the weights of DNSMOS
 TENSORBOARD = ["tensorboard>=2.16"]
 REPORT = ["matplotlib>=3.8"]
 DEV = ["pytest>=8", "ruff", "mypy", "pre-commit", "types-PyYAML", "types-tqdm"]
@@ -27,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["valle", "valle.*"]),
     package_data={"valle": ["codecs/assets/**/*", "**/conf/*.yaml"]},
     install_requires=[

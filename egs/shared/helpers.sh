@@ -5,7 +5,7 @@ repository=$(cd -- "$recipe/../.." && pwd)
 
 log() {
   # 2024-05-01 12:00:00 prepare.sh: message
-  echo "$(date '+%Y-%m-%d %H:%M:%S') $(basename -- "$recipe")/prepare.sh: $*" >&2
+  echo "$(date '+%Y-%m-%d %H:%M:%S') $(basename -- "$recipe")/$(basename -- "$0"): $*" >&2
 }
 
 in_stage() {

@@ -52,11 +52,16 @@ class CountingModel(nn.Module):
         context = torch.cat([last[:, None], y], dim=1)  # (B, T + 1)
         return self._logits((context + 1) % CODES, CODES + 1)
 
-    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, q: int) -> Tensor:
-        return self._logits((y[..., q - 1] + 1) % CODES, CODES)
+    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
+        return self._logits((y[..., quantizer - 1] + 1) % CODES, CODES)
 
     def inference(
-        self, x: Tensor, x_lens: Tensor, max_new_tokens: int = 500, temperature: float = 1.0, top_k: int = 50
+        self,
+        x: Tensor,
+        max_new_tokens: int = 500,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        seed: int | None = None,
     ) -> Tensor:
         new = min(max_new_tokens, self.stop_after)
         first = (x[:, -1:, 0] + 1 + torch.arange(new)) % CODES  # (B, new)

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{codes}")
     if config.check:
         check_manifests(folder)
-        print("\nchecked: splits are disjoint; codes are in range, of the codec's width, and as long as their cuts")
+        print(
+            "\nchecked: splits are disjoint; codes are in range, of the codec's width, and as long as their cuts"
+        )
 
 
 if __name__ == "__main__":

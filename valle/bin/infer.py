@@ -18,6 +18,7 @@ from valle.codecs import Codec, load_codec
 from valle.config import option, parse
 from valle.engine.trainer import pick_device
 from valle.models import load_model
+from valle.models.builder import find_checkpoint
 from valle.utils.audio import convert_audio, load_audio, save_audio
 from valle.utils.command import run
 from valle.utils.errors import UserError
@@ -41,21 +42,6 @@ class InferConfig:
     seed: int = option(0, "of the draw; the same seed gives the same result")
     stop_at_eos: bool = option(False, "end where the model draws the end, even before the asked length")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-
-
-def find_checkpoint(folders: Sequence[Path]) -> Path:
-    """The newest `best-valid-loss.pt` below the given folders.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [path for folder in folders for path in folder.glob("**/best-valid-loss.pt")]
-    # A codec's training keeps its checkpoints beside those of the language models.
-    found = [path for path in found if "codec" not in path.parent.name]
-    if not found:
-        places = ", ".join(f"'{folder}'" for folder in folders)
-        raise UserError(f"no best-valid-loss.pt in {places}; train a model first, or give --checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def read_prompt(path: Path, codec: Codec, num_quantizers: int, max_seconds: float) -> Tensor:
@@ -118,7 +104,7 @@ def matching_codec(info: dict[str, object], device: torch.device) -> Codec:
     return codec
 
 
-def infer(config: InferConfig, search: Sequence[Path]) -> list[Path]:
+def infer(config: InferConfig, recipe: Path | None = None) -> list[Path]:
     """Continue every prompt; returns the files written."""
     if not config.prompt:
         raise UserError("--prompt clip.wav is required: the recording to continue")
@@ -129,7 +115,7 @@ def infer(config: InferConfig, search: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise UserError(f"prompt '{path}' does not exist")
     device = pick_device(config.device)
-    checkpoint = Path(config.checkpoint) if config.checkpoint else find_checkpoint(search)
+    checkpoint = Path(config.checkpoint) if config.checkpoint else find_checkpoint(recipe)
     model, contents = load_model(checkpoint, device)
     codec = matching_codec(contents["codec"], device)
     frames = config.max_new_tokens if config.max_new_tokens is not None else 500
@@ -170,8 +156,7 @@ def infer(config: InferConfig, search: Sequence[Path]) -> list[Path]:
 def main(argv: Sequence[str] | None = None, defaults: Path | None = None, recipe: Path | None = None) -> None:
     """Entry point; without --checkpoint, looks in the recipe's exp/, else in ./exp and ./egs/*/exp."""
     (config,) = parse(__doc__ or "", [InferConfig], argv, defaults)
-    search = [recipe / "exp"] if recipe else [Path("exp"), *sorted(Path("egs").glob("*/exp"))]
-    infer(config, search)
+    infer(config, recipe)
 
 
 if __name__ == "__main__":

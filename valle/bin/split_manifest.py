@@ -10,14 +10,16 @@ from valle.data.manifests import split_manifest
 from valle.utils.command import run
 from valle.utils.log import setup_logger
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("valle.bin.split_manifest")
 
 
 @dataclass
 class SplitConfig:
     """Splits"""
 
-    manifest_dir: str = option("data/tokenized", "folder with cuts_all.jsonl.gz; the split manifests go there too")
+    manifest_dir: str = option(
+        "data/tokenized", "folder with cuts_all.jsonl.gz; the split manifests go there too"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.log import setup_logger
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("valle.bin.tokenizer")
 
 
 @dataclass
@@ -31,7 +31,9 @@ class TokenizerConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line entry."""
-    (config,) = parse("Encode every cut of a manifest with a codec.", [TokenizerConfig], argv, prog="tokenizer.py")
+    (config,) = parse(
+        "Encode every cut of a manifest with a codec.", [TokenizerConfig], argv, prog="tokenizer.py"
+    )
     setup_logger()
     manifest = Path(config.manifest)
     if not manifest.is_file():

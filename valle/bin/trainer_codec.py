@@ -1,7 +1,7 @@
 """Train the project's own codec: `--train-stage 1` everything, then `2` the decoder against a discriminator.
 
 Stage 2 keeps encoder and codebooks, so language models trained on the codes of stage 1 stay valid. `--export DIR`
-writes the best weights so far as a codec folder, for `--codec DIR`.
+writes the newest weights as a codec folder, for `--codec DIR`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from valle.codecs.training import CodecTraining
 from valle.config import TrainConfig, option, parse, to_dict
 from valle.data.manifests import read_manifest
 from valle.data.waveforms import RandomSegments
-from valle.engine.checkpoint import load_checkpoint
+from valle.engine.checkpoint import load_checkpoint, numbered_checkpoints
 from valle.engine.trainer import Trainer
 from valle.utils import distributed
 from valle.utils.command import run
@@ -35,7 +35,7 @@ class CodecDataConfig:
     )
     segment: float = option(1.28, "seconds of a training piece")
     batch_size: int = option(24, "pieces in a batch")
-    export: str | None = option(None, "write a codec folder there, from the best checkpoint in --exp-dir, and stop")
+    export: str | None = option(None, "write the newest codec of --exp-dir as a folder, and stop")
 
 
 def split_paths(manifests: str, split: str) -> list[Path]:
@@ -51,8 +51,15 @@ def split_paths(manifests: str, split: str) -> list[Path]:
 
 
 def export(exp_dir: Path, folder: Path) -> None:
-    """Write the best codec in `exp_dir` as a folder for `load_codec`."""
-    contents = load_checkpoint(exp_dir / "best-valid-loss.pt")
+    """Write the newest codec in `exp_dir` as a folder for `load_codec`.
+
+    The newest, not the best: validation measures spectral distance alone, which the discriminator's training of
+    stage 2 gives up a little of for a voice that does not buzz.
+    """
+    numbered = [item for kind in ("epoch", "checkpoint") for item in numbered_checkpoints(exp_dir, kind)]
+    if not numbered:
+        raise UserError(f"no epoch-N.pt or checkpoint-N.pt in '{exp_dir}'; train the codec first")
+    contents = max((load_checkpoint(path) for _, path in numbered), key=lambda c: (c["step"], c["epoch"]))
     codec = SpectralCodec(SpectralCodecConfig(**contents["config"]["codec"]))
     prefix = "codec."
     weights = {k[len(prefix) :]: v for k, v in contents["model"].items() if k.startswith(prefix)}

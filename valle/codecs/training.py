@@ -48,6 +48,8 @@ class MelDistance(nn.Module):
 class SpectralDiscriminator(nn.Module):
     """Judges real and imaginary parts of one short-time spectrum, patch by patch."""
 
+    window: Tensor
+
     def __init__(self, n_fft: int, hop_length: int, width: int = 16) -> None:
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length

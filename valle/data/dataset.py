@@ -5,6 +5,7 @@ A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_le
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,19 @@ class CutBatches:
         sampler.set_epoch(epoch)
         self.dataset.current_epoch = epoch
         loader = DataLoader(
-            self.dataset, sampler=_Skipping(sampler, skip), batch_size=None, num_workers=self.config.num_workers
+            self.dataset,
+            sampler=_Skipping(sampler, skip),
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            # Its own generator: a loader would else draw from the stream that dropout uses, and a resumed training,
+            # which makes one loader more, would go another way.
+            generator=torch.Generator().manual_seed(self.seed),
         )
         return iter(loader)
 
     def _sampler(self) -> Any:
+        # The cuts of a small corpus are in memory: lhotse's advice to read them lazily does not apply.
+        warnings.filterwarnings("ignore", message=".*eagerly read CutSet.*", module="lhotse")
         common = dict(
             max_duration=self.config.max_duration,
             shuffle=self.shuffle,
@@ -201,8 +210,10 @@ class _Skipping:
         self.sampler, self.skip = sampler, skip
 
     def __iter__(self) -> Iterator[CutSet]:
+        # `yield from` would call iter() again, and lhotse's samplers begin anew at each iter().
         batches = iter(self.sampler)
-        for _ in range(self.skip):
-            if next(batches, None) is None:
-                return
-        yield from batches
+        number = 0
+        while (batch := next(batches, None)) is not None:
+            if number >= self.skip:
+                yield batch
+            number += 1

@@ -69,7 +69,9 @@ def normalize_text(text: str) -> str:
     return " ".join(re.findall(r"\w+", folded))
 
 
-def cut_windows(num_samples: int, sample_rate: int, min_duration: float, max_duration: float, key: str) -> list[range]:
+def cut_windows(
+    num_samples: int, sample_rate: int, min_duration: float, max_duration: float, key: str
+) -> list[range]:
     """Cut a long recording into consecutive pieces.
 
     Args:
@@ -132,7 +134,9 @@ def join_groups(
             current, wanted = [], draw.uniform(min_duration, max_duration)
     if current and groups and total(current) < min_duration:
         rest = groups.pop() + current
-        borders = [at for at in range(1, len(rest)) if min(total(rest[:at]), total(rest[at:])) >= min_duration]
+        borders = [
+            at for at in range(1, len(rest)) if min(total(rest[:at]), total(rest[at:])) >= min_duration
+        ]
         fitting = [at for at in borders if max(total(rest[:at]), total(rest[at:])) <= max_duration]
         if total(rest) > max_duration and fitting:
             groups.extend([rest[: fitting[0]], rest[fitting[0] :]])
@@ -191,7 +195,9 @@ def read_manifest(path: Path) -> CutSet:
     try:
         cuts = list(CutSet.from_file(path))
     except Exception as error:  # lhotse and gzip raise a dozen kinds for what is not a manifest
-        raise UserError(f"'{path}' is no manifest of lhotse cuts ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"'{path}' is no manifest of lhotse cuts ({type(error).__name__}: {error})"
+        ) from error
     if not all(isinstance(cut, Cut) for cut in cuts):
         raise UserError(f"'{path}' is no manifest of lhotse cuts")
     return CutSet.from_cuts(cuts)

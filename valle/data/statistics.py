@@ -24,8 +24,12 @@ def read_split_cuts(folder: Path) -> dict[str, list[Cut]]:
     """
     if not folder.is_dir():
         raise UserError(f"manifest folder '{folder}' does not exist; run prepare.sh --stage 0")
-    paths = {f"{prefix}_{split}": folder / f"{prefix}_{split}.jsonl.gz" for prefix in PREFIXES for split in SPLITS}
-    return {name: list(read_manifest(path)) for name, path in paths.items() if path.is_file() or "cuts" in name}
+    paths = {
+        f"{prefix}_{split}": folder / f"{prefix}_{split}.jsonl.gz" for prefix in PREFIXES for split in SPLITS
+    }
+    return {
+        name: list(read_manifest(path)) for name, path in paths.items() if path.is_file() or "cuts" in name
+    }
 
 
 def has_codes(cut: Cut) -> bool:
@@ -86,7 +90,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest entry; names to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     pads: list[Callable[[str, int], str]] = [str.ljust, str.ljust, *[str.rjust] * len(widths)]
-    return "\n".join("  ".join(pad(cell, w) for pad, cell, w in zip(pads, row, widths, strict=False)) for row in rows)
+    return "\n".join(
+        "  ".join(pad(cell, w) for pad, cell, w in zip(pads, row, widths, strict=False)) for row in rows
+    )
 
 
 def check_manifests(folder: Path) -> None:
@@ -185,4 +191,3 @@ def check_codes(cut: Cut, info: Mapping[str, Any]) -> None:
             f"cut '{cut.id}': {codes.shape[0]} frames, expected {expected:.1f} for {cut.duration:.2f} s"
             f" at {info['frame_rate']:g} frames/s; {again}"
         )
-

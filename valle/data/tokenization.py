@@ -40,7 +40,9 @@ class TokenizationResult:
     encoded_duration: float
 
 
-def tokenize_manifest(manifest: Path, output_dir: Path, codec: Codec, max_skipped: int = -1) -> TokenizationResult:
+def tokenize_manifest(
+    manifest: Path, output_dir: Path, codec: Codec, max_skipped: int = -1
+) -> TokenizationResult:
     """Encode every cut of `manifest`.
 
     Writes into `output_dir`: codes/<split>/<cut>.<digest>.npy, (T, Q) uint16 each; cuts_all.jsonl.gz, the cuts with
@@ -86,7 +88,9 @@ def tokenize_manifest(manifest: Path, output_dir: Path, codec: Codec, max_skippe
         first = skipped[0]["reason"] if skipped else "it is empty"
         raise UserError(f"'{manifest}': no cut could be tokenized; the first: {first}")
     if skipped:
-        logger.warning("left out %d of %d cuts; reasons in %s", len(skipped), len(cuts), output_dir / "skipped.jsonl")
+        logger.warning(
+            "left out %d of %d cuts; reasons in %s", len(skipped), len(cuts), output_dir / "skipped.jsonl"
+        )
     _write_info(output_dir / "codec.json", info)
     write_cuts(output_dir / "cuts_all.jsonl.gz", done)
     _remove_stale(output_dir / "codes", done)
@@ -168,7 +172,9 @@ def _encode(cut: Cut, codec: Codec) -> np.ndarray:
     try:
         wav = cut.load_audio()  # (C, N)
     except Exception as error:  # lhotse raises whatever its many readers do
-        raise UserError(f"cut '{cut.id}': audio cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"cut '{cut.id}': audio cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from error
     if wav is None or wav.shape[-1] == 0:
         raise UserError(f"cut '{cut.id}' has no samples")
     if not np.isfinite(wav).all():
@@ -183,7 +189,9 @@ def _encode(cut: Cut, codec: Codec) -> np.ndarray:
             f" ({expected}, {codec.num_quantizers})"
         )
     if codes.min() < 0 or codes.max() >= codec.codebook_size:
-        raise RuntimeError(f"codec '{codec.name}' gave codes out of 0..{codec.codebook_size - 1} for cut '{cut.id}'")
+        raise RuntimeError(
+            f"codec '{codec.name}' gave codes out of 0..{codec.codebook_size - 1} for cut '{cut.id}'"
+        )
     return codes[0].cpu().numpy().astype(np.uint16)
 
 
@@ -209,7 +217,10 @@ def _temporal_array(cut: Cut, path: Path, shape: tuple[int, int], codec: Codec) 
 
 def _remove_stale(folder: Path, cuts: Sequence[Cut]) -> None:
     """Delete codes that no cut refers to: those of another codec, or of recordings that are gone."""
-    used = {(Path(array.storage_path).name, array.storage_key) for array in (cut.audio_features.array for cut in cuts)}
+    used = {
+        (Path(array.storage_path).name, array.storage_key)
+        for array in (cut.audio_features.array for cut in cuts)
+    }
     for path in folder.glob("*/*.npy"):
         if (path.parent.name, path.name) not in used:
             path.unlink()

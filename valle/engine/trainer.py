@@ -120,6 +120,9 @@ class Trainer:
         current = MetricSums()
         interval_start, interval_targets = time.monotonic(), 0
         done = self._finished()
+        if done:
+            log.info("nothing left to do: this stage has reached its limit")
+        first_step = self.step
         while not done:
             for batches in self._grouped(self.train_source.epoch(self.epoch, self.batch_in_epoch)):
                 metrics, targets = self._train_step(batches)
@@ -148,9 +151,10 @@ class Trainer:
                     valid = self.validate()
                 self._end_epoch()
                 done = self._finished()
-        if self.batch_in_epoch and not (config.valid_interval and self.step % config.valid_interval == 0):
+        stopped_inside = self.batch_in_epoch > 0 and self.step > first_step
+        if stopped_inside and not (config.valid_interval and self.step % config.valid_interval == 0):
             valid = self.validate()
-        if self.batch_in_epoch:
+        if stopped_inside:
             self.save(f"checkpoint-{self.step}.pt")
             self._prune("checkpoint")
         if self.writer is not None:

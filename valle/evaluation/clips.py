@@ -1,7 +1,7 @@
 """Held-out recordings and what the model makes of their beginnings: the clips that one listens to and scores by ear.
 
-Each clip's true codes are split after some seconds of prompt; the model continues the prompt for as long as the
-recording goes on (it may end earlier by itself). Beside it stand the recording, its resynthesis by the codec (no
+Each clip's true codes are split after some seconds of prompt; the model continues the prompt for exactly as long as
+the recording goes on. Beside it stand the recording, its resynthesis by the codec (no
 model of this codec can sound better), codes drawn from the unigrams, and white noise.
 """
 
@@ -44,7 +44,7 @@ class Clip:
         cut_id: of the held-out cut.
         text: its transcript, where it has one.
         boundary: samples of prompt at the start of every condition.
-        asked_frames, new_frames: of continuation; fewer where the model ended it.
+        asked_frames, new_frames: of continuation; `AudioLM.inference` gives all that are asked.
         wavs: condition -> (C, N) float32.
     """
 
@@ -94,13 +94,7 @@ def make_clip(
     """
     rest = len(codes) - prompt_frames
     prompt = torch.from_numpy(codes[None, :prompt_frames]).to(codec.device)  # (1, S, Q)
-    with (
-        torch.random.fork_rng(devices=[codec.device] if codec.device.type == "cuda" else []),
-        torch.inference_mode(),
-    ):
-        torch.manual_seed(seed)
-        lengths = torch.tensor([prompt_frames], device=codec.device)
-        full = model.inference(prompt, lengths, max_new_tokens=rest, temperature=temperature, top_k=top_k)
+    full = model.inference(prompt, max_new_tokens=rest, temperature=temperature, top_k=top_k, seed=seed)
     generated = full[0].cpu().numpy()  # (S + new, Q)
     drawn = np.concatenate([codes[:prompt_frames], sample_unigram(unigrams, rest, seed)])
     clip = Clip(

@@ -22,8 +22,9 @@ from lhotse.cut import Cut
 from valle import __version__
 from valle.codecs import load_codec
 from valle.config import option
-from valle.data.dataset import load_codes
+from valle.data.dataset import load_codes, read_codec_info
 from valle.data.manifests import read_manifest
+from valle.data.split import prompt_length
 from valle.engine.trainer import pick_device
 from valle.evaluation.audio import DNSMOS_HINT, dnsmos_available
 from valle.evaluation.baselines import fit_baselines, score_baseline
@@ -79,11 +80,11 @@ class _Codes:
         """Prompt and target of each cut, as the training's validation splits them."""
         out = []
         for cut, codes in zip(self.cuts, self.codes, strict=True):
-            frames = max(1, int(len(codes) * prompt_ratio))
-            if frames >= len(codes):
+            if len(codes) < 2:
                 raise UserError(
-                    f"cut '{cut.id}': {len(codes)} frames are too few to split into prompt and target"
+                    f"cut '{cut.id}': 1 frame cannot be split into prompt and target; leave it out"
                 )
+            frames = prompt_length(len(codes), prompt_ratio)
             out.append(SplitCodes(cut.id, codes[:frames], codes[frames:]))
         return out
 
@@ -105,6 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model, checkpoint = load_model(config.checkpoint, device)
     codec = load_codec(checkpoint["codec"]["name"], device, num_quantizers=model.num_quantizers)
     manifests = {"test": Path(config.manifest), **_siblings(config)}
+    _check_codec(manifests["test"], checkpoint["codec"])
     data = {
         name: _read(path, model, config.max_cuts if name == "test" else 0) for name, path in manifests.items()
     }
@@ -234,22 +236,18 @@ def _read(path: Path, model: Any, max_cuts: int) -> _Codes:
     cuts = list(read_manifest(path))[: max_cuts or None]
     if not cuts:
         raise UserError(f"'{path}' holds no cuts")
-    codes: list[np.ndarray] = []
-    for cut in cuts:
-        array = np.asarray(load_codes(cut), dtype=np.int64)
-        if array.shape[1] < model.num_quantizers:
-            raise UserError(
-                f"cut '{cut.id}': {array.shape[1]} quantizers, but the model has {model.num_quantizers}; "
-                "run prepare.sh --stage 2 with the codec of the checkpoint"
-            )
-        array = array[:, : model.num_quantizers]
-        if array.size and array.max() >= model.codebook_size:
-            raise UserError(
-                f"cut '{cut.id}': code {array.max()}, but the model's codebooks have {model.codebook_size} entries; "
-                "run prepare.sh --stage 2 with the codec of the checkpoint"
-            )
-        codes.append(array)
-    return _Codes(cuts, codes)
+    return _Codes(cuts, [load_codes(cut, model.num_quantizers, model.codebook_size) for cut in cuts])
+
+
+def _check_codec(manifest: Path, expected: dict[str, Any]) -> None:
+    """Codes of another codec have other meanings, even where their shape fits."""
+    found = read_codec_info(manifest.parent)
+    if found and found.get("fingerprint") and expected.get("fingerprint") not in (None, found["fingerprint"]):
+        raise UserError(
+            f"the codes of '{manifest}' were made with codec '{found.get('name')}' ({found['fingerprint']}), but the "
+            f"checkpoint was trained on '{expected['name']}' ({expected['fingerprint']}); run prepare.sh --stage 2 "
+            f"--codec {expected['name']}"
+        )
 
 
 def _check_disjoint(data: dict[str, _Codes]) -> None:

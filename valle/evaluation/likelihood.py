@@ -23,8 +23,8 @@ class ScoredModel(Protocol):
     def ar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
         """Prompt (B, S, Q) and codes y (B, T) of quantizer 0 -> (B, T + 1, V + 1); index V ends the target."""
 
-    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, q: int) -> Tensor:
-        """Prompt (B, S, Q), target (B, T, Q) of which y[..., :q] is read -> (B, T, V) for quantizer q."""
+    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
+        """Prompt (B, S, Q), target (B, T, Q) of which y[..., :quantizer] is read -> (B, T, V)."""
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ and knows nothing of models. Audio is embedded as 16-bit FLAC, drawings as SVG, 
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,10 @@ def build_report(
         [(audio.wav, audio.sample_rate) for audio in audios]
     )  # one colour scale for the whole page
     body = "\n".join(_section(section, top) for section in sections)
-    facts = "\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in summary.items())
+    facts = "\n".join(
+        f"<dt>{_escape(name)}</dt><dd>{_unbroken_flags(_escape(value))}</dd>"
+        for name, value in summary.items()
+    )
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -226,6 +230,11 @@ def _audio(audio: ReportAudio, top: float, longest: float) -> str:
     return f'<div class="audio">{label}{drawing}{player}</div>'
 
 
+def _unbroken_flags(text: str) -> str:
+    """Lines of a command break between flags, not at their hyphens."""
+    return re.sub(r"(?<!\S)(--[\w-]+)", r'<span class="flag">\1</span>', text)
+
+
 def _escape(text: str) -> str:
     return html.escape(str(text), quote=True)
 
@@ -246,6 +255,7 @@ p { max-width: 78ch; margin: 8px 0; }
 .summary { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 0; font-size: 14px; }
 .summary dt { color: var(--soft); }
 .summary dd { margin: 0; overflow-wrap: anywhere; }
+.flag { white-space: nowrap; }
 .checks { list-style: none; padding: 0; margin: 8px 0; display: grid; gap: 7px; }
 .checks li { display: flex; gap: 12px; align-items: baseline; }
 .badge { flex: none; min-width: 64px; text-align: center; font-size: 12px; font-weight: 700; letter-spacing: .03em;

@@ -224,7 +224,7 @@ class AudioLM(nn.Module):
         mask = None
         if bool((total < sequence.shape[1]).any()):
             mask = lengths_to_mask(total, sequence.shape[1])[:, None, None]
-        stages = torch.cat([table.weight for table in self.nar_stage_embeddings])
+        stages = torch.cat(list(self.nar_stage_embeddings.parameters()))
         condition = stages[quantizer - 1][:, None]  # (B, 1, D)
         positions = torch.arange(sequence.shape[1], device=x.device)
         hidden = self.nar_decoder(sequence, positions, mask, condition=condition)
@@ -233,7 +233,7 @@ class AudioLM(nn.Module):
         first = int(quantizer[0])
         if bool((quantizer == first).all()):
             return self.nar_predict_layers[first - 1](hidden)
-        heads = torch.stack([layer.weight for layer in self.nar_predict_layers])  # (Q-1, V, D)
+        heads = torch.stack(list(self.nar_predict_layers.parameters()))  # (Q-1, V, D)
         return torch.einsum("btd,bvd->btv", hidden, heads[quantizer - 1])
 
     def _ar_embed(self, y: Tensor) -> Tensor:
@@ -299,8 +299,8 @@ class AudioLM(nn.Module):
                     metrics[name] = (before[0] + total, before[1] + size)
                 predictions["nar"], rows, count = logits, rows + row_losses, count + number
         if not predictions:
-            raise ValueError(f"train_stage is {train_stage}, and there is nothing to train with {self.num_quantizers} quantizer(s)")
-        loss = {"sum": rows.sum, "mean": lambda: rows.sum() / count, "none": lambda: rows}[reduction]()
+            raise ValueError(f"nothing to train in train_stage {train_stage} with {self.num_quantizers} quantizer(s)")
+        loss = rows if reduction == "none" else rows.sum() / (count if reduction == "mean" else 1)
         return AudioLMOutput(predictions, loss, metrics)
 
     def _nar_quantizers(self, batch: int, device: torch.device) -> Iterator[Tensor]:

@@ -56,5 +56,22 @@ def load_model(
     try:
         model.load_state_dict(contents["model"], strict=True)
     except RuntimeError as error:
-        raise UserError(f"{name}: weights do not fit its configuration ({str(error).splitlines()[-1].strip()})") from error
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{name}: weights do not fit its configuration ({reason})") from error
     return model.to(device).eval(), contents
+
+
+def find_checkpoint(recipe: Path | None = None) -> Path:
+    """The newest AudioLM checkpoint: of a recipe's exp/, or, without one, of ./exp and ./egs/*/exp.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = [recipe / "exp"] if recipe else [Path("exp"), *sorted(Path("egs").glob("*/exp"))]
+    found = [path for folder in folders for path in folder.glob("**/best-valid-loss.pt")]
+    # A codec's training keeps its checkpoints beside those of the language models.
+    found = [path for path in found if "codec" not in path.parent.name]
+    if not found:
+        places = ", ".join(f"'{folder}'" for folder in folders)
+        raise UserError(f"no best-valid-loss.pt in {places}; train a model first, or give --checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def sum_embeddings(tables: Sequence[nn.Embedding], codes: Tensor) -> Tensor:
+def sum_embeddings(tables: Sequence[nn.Module], codes: Tensor) -> Tensor:
     """codes (B, T, q) -> (B, T, D): each quantizer's code through its own table, added up."""
     total = tables[0](codes[..., 0])
     for index in range(1, codes.shape[-1]):
@@ -21,6 +21,8 @@ def sum_embeddings(tables: Sequence[nn.Embedding], codes: Tensor) -> Tensor:
 
 class SinePositions(nn.Module):
     """Adds alpha · sinusoid(position) to (B, T, D); alpha is learned."""
+
+    rates: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -37,6 +39,8 @@ class SinePositions(nn.Module):
 
 class RotaryPositions(nn.Module):
     """Cosines and sines by which attention turns queries and keys, (B or 1, 1, T, d)."""
+
+    rates: Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()

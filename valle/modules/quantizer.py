@@ -4,6 +4,7 @@ Sources: SoundStream (arXiv 2107.03312, section III-C) for the residual chain, k
 unused entries; VQ-VAE (arXiv 1711.00937, appendix A.1) for codebooks as moving averages.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ class Quantized(NamedTuple):
 
 class Codebook(nn.Module):
     """One table of V entries of width D, moved towards the mean of the vectors it stands for."""
+
+    entries: Tensor
+    usage: Tensor
+    sums: Tensor
+    started: Tensor
 
     def __init__(self, codebook_size: int, dim: int, decay: float = 0.99, min_usage: float = 0.1) -> None:
         super().__init__()
@@ -84,7 +90,9 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, dim: int, num_quantizers: int, codebook_size: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.codebooks = nn.ModuleList(Codebook(codebook_size, dim) for _ in range(num_quantizers))
+        self.codebooks: Sequence[Codebook] = nn.ModuleList(  # type: ignore[assignment]
+            Codebook(codebook_size, dim) for _ in range(num_quantizers)
+        )
         self.dropout = dropout
 
     @torch.no_grad()

@@ -38,6 +38,8 @@ def _mel_to_hz(mel: float) -> float:
 class Spectrogram(nn.Module):
     """Magnitudes (B, N) -> (B, N // hop_length, F): frame t is centred on samples t·hop … (t+1)·hop."""
 
+    window: Tensor
+
     def __init__(self, n_fft: int, hop_length: int) -> None:
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
@@ -53,6 +55,8 @@ class Spectrogram(nn.Module):
 class LogMel(nn.Module):
     """Natural-log mel spectrum (B, N) -> (B, N // hop_length, n_mels)."""
 
+    filters: Tensor
+
     def __init__(self, sample_rate: int, n_fft: int, hop_length: int, n_mels: int, floor: float = 1e-5) -> None:
         super().__init__()
         self.spectrogram = Spectrogram(n_fft, hop_length)
@@ -65,6 +69,8 @@ class LogMel(nn.Module):
 
 class InverseSpectrogram(nn.Module):
     """Complex spectra (B, T, F) -> waveform (B, T · hop_length) by windowed overlap-add."""
+
+    window: Tensor
 
     def __init__(self, n_fft: int, hop_length: int) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ Sources: "Attention is all you need" (arXiv 1706.03762); adaptive normalization 
 (arXiv 2301.02111, section 4.2.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         self.sine = SinePositions(dim) if position == "sine" else None
         self.dropout = nn.Dropout(dropout)
         # Each layer draws its own weights: a list of copies would start them all identical.
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[TransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
             TransformerLayer(dim, nhead, dropout, norm_first, adaptive, activation) for _ in range(num_layers)
         )
         self.norm = (AdaptiveLayerNorm if adaptive else PlainLayerNorm)(dim) if norm_first else None

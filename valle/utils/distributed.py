@@ -43,7 +43,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         offset += size
 
 
-def launch(work: Callable[..., None], args: tuple[Any, ...], processes: int, port: int) -> None:
+def launch(work: Callable[..., object], args: tuple[Any, ...], processes: int, port: int) -> None:
     """Run `work(*args)` in this process, under torchrun, or in `processes` new ones on this machine."""
     if "RANK" in os.environ:
         _join(work, args, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -54,12 +54,12 @@ def launch(work: Callable[..., None], args: tuple[Any, ...], processes: int, por
         work(*args)
 
 
-def _spawned(number: int, work: Callable[..., None], args: tuple[Any, ...], processes: int) -> None:
+def _spawned(number: int, work: Callable[..., object], args: tuple[Any, ...], processes: int) -> None:
     os.environ.update(RANK=str(number), WORLD_SIZE=str(processes), LOCAL_RANK=str(number))
     _join(work, args, number, processes)
 
 
-def _join(work: Callable[..., None], args: tuple[Any, ...], number: int, processes: int) -> None:
+def _join(work: Callable[..., object], args: tuple[Any, ...], number: int, processes: int) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=number, world_size=processes)
     try:
         work(*args)

@@ -83,7 +83,9 @@ def download_language(language: str, download_dir: Path) -> None:
             for archive in archives:
                 archive.unlink(missing_ok=True)
             continue
-        write_json(partial / ".done", {"archives": sorted(archive.name for archive in archives), "clips": count})
+        write_json(
+            partial / ".done", {"archives": sorted(archive.name for archive in archives), "clips": count}
+        )
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         logger.info("%s: %d clips from %s", language, count, ", ".join(archive.name for archive in archives))

@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_clips(language: str, folder: Path, skipped: list[dict[str, str]]) -> list[Clip]:
     """Decode the speech clips of a language, in id order; what is left out goes to `skipped`."""
     if not (folder / ".done").is_file():
-        raise UserError(f"'{folder}' does not hold the downloaded recordings; run prepare.sh --stage 0 --lang {language}")
+        raise UserError(
+            f"'{folder}' does not hold the downloaded recordings; run prepare.sh --stage 0 --lang {language}"
+        )
     sounds = sound_root(folder)
     texts = read_transcripts(language, folder)
     lowered = {name.lower(): text for name, text in texts.items()}
@@ -140,7 +142,9 @@ def read_clips(language: str, folder: Path, skipped: list[dict[str, str]]) -> li
             continue
         clips.append(Clip(f"asterisk-{language}-{file_id(name)}", path, clean_text(text), wav))
     if not clips:
-        raise UserError(f"'{folder}' holds no speech clip; delete it and run prepare.sh --stage 0 --lang {language}")
+        raise UserError(
+            f"'{folder}' holds no speech clip; delete it and run prepare.sh --stage 0 --lang {language}"
+        )
     return clips
 
 
@@ -226,7 +230,9 @@ def assign_clip_splits(language: str, clips: Sequence[Clip]) -> None:
     total, held_out, splits = sum(seconds.values()), 0.0, {}
     for group in sorted(seconds, key=lambda name: position_of(f"{language} {name}")):
         part = held_out / total
-        splits[group] = "test" if part < HELD_OUT_PART else "validation" if part < 2 * HELD_OUT_PART else "train"
+        splits[group] = (
+            "test" if part < HELD_OUT_PART else "validation" if part < 2 * HELD_OUT_PART else "train"
+        )
         held_out += seconds[group] if splits[group] != "train" else 0.0
     for clip, key in zip(clips, keys, strict=True):
         clip.split = splits[leader(key)]
@@ -306,7 +312,14 @@ def log_language(language: str, clips: Sequence[Clip], cuts: Sequence[Cut]) -> N
         durations = [clip.duration for clip in clips if clip.split == split]
         logger.info(
             "%s %s: %d clips, %.1f min; joined to %d cuts, %.1f min",
-            *(language, split, len(durations), sum(durations) / 60, len(joined[split]), sum(joined[split]) / 60),
+            *(
+                language,
+                split,
+                len(durations),
+                sum(durations) / 60,
+                len(joined[split]),
+                sum(joined[split]) / 60,
+            ),
         )
 
 

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse("Count the recordings in a folder.", [ListConfig], argv)
     paths = list_audio(Path(config.audio_dir), Path(config.data_dir))
     kinds = Counter(path.suffix.lower() for path in paths)
-    print(f"{len(paths)} recordings: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    print(
+        f"{len(paths)} recordings: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    )
 
 
 def list_audio(audio_dir: Path, data_dir: Path) -> list[Path]:
@@ -41,7 +43,9 @@ def list_audio(audio_dir: Path, data_dir: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(audio_dir):
         subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and (Path(folder) / name).resolve() != output
+            name
+            for name in subfolders
+            if not name.startswith(".") and (Path(folder) / name).resolve() != output
         ]
         found += [
             Path(folder) / name

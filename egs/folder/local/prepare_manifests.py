@@ -109,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_manifests(data_dir / "manifests", "folder", recordings, supervisions, cuts)
     remove_stale(data_dir / "audio", sources, recordings)
     for split in SPLITS:
-        durations = [cut.duration for cut in cuts if cut.custom["split"] == split and cut.custom["kind"] == "audio"]
+        durations = [
+            cut.duration for cut in cuts if cut.custom["split"] == split and cut.custom["kind"] == "audio"
+        ]
         logger.info("%s: %d cuts, %.1f min", split, len(durations), sum(durations) / 60)
     if skipped:
         logger.warning(
@@ -124,14 +126,20 @@ def convert_all(
     """Read every file once, and write its pieces; what cannot be used goes to `skipped`."""
     sources: list[Source] = []
     seen: dict[str, str] = {}
-    for path, source_id in tqdm(list(zip(paths, make_ids(paths, audio_dir), strict=True)), desc="convert", unit="file"):
+    for path, source_id in tqdm(
+        list(zip(paths, make_ids(paths, audio_dir), strict=True)), desc="convert", unit="file"
+    ):
         name = path.relative_to(audio_dir).as_posix()
         record = survey(path, name, source_id, output, target)
         reason = record["reason"]
         text = read_text(path)
         if reason is None and record["sha1"] in seen:
             reason = f"same content as '{seen[record['sha1']]}'"
-        if reason is None and record["num_samples"] < target.min_duration * target.sample_rate and text is None:
+        if (
+            reason is None
+            and record["num_samples"] < target.min_duration * target.sample_rate
+            and text is None
+        ):
             duration = record["num_samples"] / target.sample_rate
             reason = f"{duration:.2f} s, shorter than --min-duration {target.min_duration:g}"
         if reason is not None:
@@ -300,7 +308,9 @@ def build(
     cuts: list[Cut] = []
     lost_texts = 0
     for source in sources:
-        missing = [window for window, _ in source.pieces if not piece_path(source, window, output, by_time).is_file()]
+        missing = [
+            window for window, _ in source.pieces if not piece_path(source, window, output, by_time).is_file()
+        ]
         if missing:
             wav = read_source(source.path, target)
             for window in missing:
@@ -318,7 +328,9 @@ def build(
             if len(window) >= target.min_duration * target.sample_rate:
                 cuts.append(make_cut(recording, supervision, "audio", custom=custom))
             if whole:
-                cuts.append(make_cut(recording, supervision, "utterance", f"{recording.id}-utterance", custom))
+                cuts.append(
+                    make_cut(recording, supervision, "utterance", f"{recording.id}-utterance", custom)
+                )
     if lost_texts:
         logger.warning("%d transcripts not used: their recordings are cut in pieces", lost_texts)
     return recordings, supervisions, cuts
