@@ -11,24 +11,16 @@ import torch
 
 from valle.bin import infer, trainer_audiolm
 from valle.codecs import load_codec
-from valle.codecs.spectral_codec import SpectralCodec, SpectralCodecConfig
 from valle.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def exp(tmp_path_factory):
     """A checkpoint of a barely trained model on a tiny codec of 30 codes."""
-    from conftest import write_tokenized
+    from synthetic import save_tiny_codec, write_tokenized
 
     root = tmp_path_factory.mktemp("exp")
-    torch.manual_seed(0)
-    codec = SpectralCodec(
-        SpectralCodecConfig(codebook_size=30, latent_dim=8, encoder_dim=16, encoder_depth=1, decoder_dim=16, decoder_depth=1)
-    )
-    with torch.no_grad():
-        for codebook in codec.quantizer.codebooks:
-            codebook.entries.normal_()
-    codec.save(root / "tiny")
+    save_tiny_codec(root / "tiny")
     tokenized = write_tokenized(root / "tokenized")
     (tokenized / "codec.json").write_text(json.dumps(load_codec(root / "tiny").info()))
     trainer_audiolm.main(

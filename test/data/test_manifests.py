@@ -110,7 +110,9 @@ def test_writing_the_same_again_changes_nothing(tmp_path):
     for _ in range(2):
         write_jsonl(path, [{"text": "é"}])
         write_audio(audio, wav, 8000)
-        stamps.append([(item.read_bytes(), item.stat().st_mtime_ns, item.stat().st_ino) for item in (path, audio)])
+        stamps.append(
+            [(item.read_bytes(), item.stat().st_mtime_ns, item.stat().st_ino) for item in (path, audio)]
+        )
     assert stamps[0] == stamps[1]
     write_audio(audio, 0.5 * wav, 8000)
     assert audio.read_bytes() != stamps[0][1][0]

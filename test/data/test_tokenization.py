@@ -93,7 +93,7 @@ def test_a_torn_file_is_made_again(tmp_path, corpus, codec):
     assert contents(tmp_path / "out") == before
 
 
-def test_a_changed_codec_or_recording_is_tokenized_anew(tmp_path, corpus, make_codec, write_corpus, caplog):
+def test_a_changed_codec_or_recording_is_tokenized_anew(tmp_path, corpus, make_codec, caplog):
     tokenize_manifest(corpus, tmp_path / "out", make_codec())
     old = {path.name for path in (tmp_path / "out").rglob("*.npy")}
     caplog.set_level("INFO")
@@ -105,6 +105,9 @@ def test_a_changed_codec_or_recording_is_tokenized_anew(tmp_path, corpus, make_c
     (tmp_path / "manifests" / "audio" / "clip-0.flac").write_bytes(
         (tmp_path / "manifests" / "audio" / "clip-1.flac").read_bytes()
     )
+    assert (
+        tokenize_manifest(corpus, tmp_path / "out", make_codec(0.5)).encoded == 2
+    )  # its audio and utterance cut
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(44100, 2), (16000, 1), (7999, 1)])

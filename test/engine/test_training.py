@@ -1,6 +1,8 @@
 """The training engine through its command: stages, resume, optimizers, what is written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -192,3 +194,25 @@ def test_another_architecture_in_the_same_folder_is_refused(tokenized, tmp_path)
 def test_a_non_finite_loss_stops_with_the_cuts_named(tokenized, tmp_path):
     with pytest.raises(UserError, match="non-finite step"):
         run(tokenized, tmp_path / "exp", "--inf-check", "true", "--base-lr", 1e30, "--max-steps", 20)
+
+
+def test_two_processes_sum_the_gradients_of_all_targets(tokenized, tmp_path):
+    """Two ranks validate alike, end together, and their step is that of all targets; gloo on one machine."""
+    flags = ["--num-epochs", "1", "--train-stage", "1", "--dropout", "0", "--world-size", "2"]
+    exp = tmp_path / "two"
+    command = [*SMALL, "--manifest-dir", str(tokenized), "--exp-dir", str(exp), *flags, "--master-port", "12399"]
+    done = subprocess.run(
+        [sys.executable, "-m", "valle.bin.trainer_audiolm", *command], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = records(exp, "valid")[-1]
+    # Every validation cut was counted once, whatever rank it went to.
+    model, _ = load_model(exp / "epoch-1.pt")
+    data = DataConfig(max_duration=8, num_buckets=2)
+    dataset = PromptTargetDataset(data, 4, 30, 0, draw=False)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in CutBatches(tokenized / "cuts_validation.jsonl.gz", data, dataset, 0, training=False).epoch(0):
+            result = model.compute_loss(batch, 1)
+            total, count = total + float(result.loss), count + result.num_targets
+    assert two["loss"] == pytest.approx(total / count, rel=1e-4)

@@ -144,16 +144,22 @@ def _sources(cut: Cut) -> list[str]:
     ]
 
 
-@lru_cache(maxsize=16)
 def _file_digest(path: str) -> str:
-    digest = hashlib.sha1()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        status = Path(path).stat()
+        return _cached_digest(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise UserError(f"audio file '{path}' cannot be read: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=16)
+def _cached_digest(path: str, size: int, mtime_ns: int) -> str:
+    """Many cuts may lie in one recording: read it once, as long as it is as it was."""
+    digest = hashlib.sha1()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _stored_shape(path: Path, codec: Codec) -> tuple[int, int] | None:

@@ -230,10 +230,12 @@ def assign_clip_splits(language: str, clips: Sequence[Clip]) -> None:
     total, held_out, splits = sum(seconds.values()), 0.0, {}
     for group in sorted(seconds, key=lambda name: position_of(f"{language} {name}")):
         part = held_out / total
-        splits[group] = (
-            "test" if part < HELD_OUT_PART else "validation" if part < 2 * HELD_OUT_PART else "train"
-        )
-        held_out += seconds[group] if splits[group] != "train" else 0.0
+        if part >= 2 * HELD_OUT_PART or seconds[group] > HELD_OUT_PART * total:
+            # Nor may one long clip take the place of all the others in a split.
+            splits[group] = "train"
+            continue
+        splits[group] = "test" if part < HELD_OUT_PART else "validation"
+        held_out += seconds[group]
     for clip, key in zip(clips, keys, strict=True):
         clip.split = splits[leader(key)]
 

@@ -1,0 +1,67 @@
+"""Flags, YAML and defaults."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from valle.config import DataConfig, ModelConfig, TrainConfig, option, parse
+from valle.utils.errors import UserError
+
+PARTS = [ModelConfig, DataConfig, TrainConfig]
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    (tmp_path / "conf").mkdir()
+    recipe, own = tmp_path / "conf" / "a.yaml", tmp_path / "b.yaml"
+    recipe.write_text("decoder_dim: 1\nnhead: 1\nnum-decoder-layers: 1\nexp_dir: exp/x\nbase_lr: 1\n")
+    own.write_text("nhead: 2\nnum_decoder_layers: 2\n")
+    model, data, train = parse("x", PARTS, ["--config", str(own), "--num_decoder_layers", "3"], recipe)
+    assert (model.decoder_dim, model.nhead, model.num_decoder_layers) == (1, 2, 3)
+    assert train.exp_dir == str(tmp_path / "exp" / "x"), "a recipe's paths are relative to the recipe"
+    assert train.base_lr == 1.0 and isinstance(train.base_lr, float)
+    assert data.num_buckets == 10
+
+
+@pytest.mark.parametrize("flag", ["--norm-first", "--norm_first", "--norm-first="])
+@pytest.mark.parametrize("text,value", [("true", True), ("False", False), ("1", True), ("no", False)])
+def test_booleans_are_words(flag, text, value):
+    argv = [flag + text] if flag.endswith("=") else [flag, text]
+    assert parse("x", PARTS, argv)[0].norm_first is value
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [("decoder_dimm: 3", "unknown key 'decoder_dimm'"), ("nhead: many", "expected int"), ("nhead: true", "expected int"),
+     ("- 3", "key: value"), ("a: [", "no valid YAML"), ("train_stage: 9", "must be one of")],
+)  # fmt: skip
+def test_bad_yaml_is_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse("x", PARTS, ["--config", str(path)])
+
+
+@pytest.mark.parametrize("argv", [["--nhead", "x"], ["--unknown", "1"], ["--norm-first", "maybe"], ["--nhe", "3"]])
+def test_bad_flags_are_named(argv):
+    with pytest.raises(UserError, match="see --help"):
+        parse("x", PARTS, argv)
+
+
+def test_every_flag_of_the_recipes_family_is_known():
+    flags = """model-name decoder-dim nhead num-decoder-layers num-quantizers scale-factor norm-first add-prenet prefix-mode
+    share-embedding prepend-bos base-lr warmup-steps optimizer-name scheduler-name num-epochs start-epoch start-batch
+    exp-dir max-duration filter-min-duration filter-max-duration num-buckets train-stage manifest-dir world-size
+    master-port dtype accumulate-grad-steps save-every-n valid-interval max-steps keep-last-k average-period
+    log-interval seed inf-check oom-check tensorboard""".split()
+    known = {name for part in PARTS for name in part.__dataclass_fields__}
+    assert {flag.replace("-", "_") for flag in flags} <= known
+
+
+def test_optional_values_may_stay_unset():
+    @dataclass
+    class Part:
+        """A part."""
+
+        number: int | None = option(None, "a number")
+
+    assert parse("x", [Part], [])[0].number is None and parse("x", [Part], ["--number", "3"])[0].number == 3
