@@ -53,7 +53,7 @@ class Codec(nn.Module):
         return -(-num_samples // self.hop_length)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over all weights: equal for equal codecs, on any device."""
+        """16 hexadecimal digits over the weights that decide the codes: equal for equal codes, on any device."""
         return self._digest(self.state_dict())
 
     def _digest(self, state: dict[str, Tensor]) -> str:

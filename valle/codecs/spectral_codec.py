@@ -149,6 +149,10 @@ class SpectralCodec(Codec):
         self.load_state_dict({**state, **weights}, strict=True)
 
     def fingerprint(self) -> str:
-        """As `Codec.fingerprint`, over the inference weights only."""
-        kept = {key: value for key, value in self.state_dict().items() if not key.endswith(TRAINING_ONLY)}
+        """As `Codec.fingerprint`, over what decides the codes: a decoder trained on keeps it."""
+        kept = {
+            key: value
+            for key, value in self.state_dict().items()
+            if key.startswith(("encoder.", "to_latent.", "quantizer.")) and not key.endswith(TRAINING_ONLY)
+        }
         return self._digest(kept)
