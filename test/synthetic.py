@@ -49,7 +49,12 @@ def save_tiny_codec(folder):
     torch.manual_seed(0)
     codec = SpectralCodec(
         SpectralCodecConfig(
-            codebook_size=TINY_CODEBOOK, latent_dim=8, encoder_dim=16, encoder_depth=1, decoder_dim=16, decoder_depth=1
+            codebook_size=TINY_CODEBOOK,
+            latent_dim=8,
+            encoder_dim=16,
+            encoder_depth=1,
+            decoder_dim=16,
+            decoder_depth=1,
         )
     )
     with torch.no_grad():

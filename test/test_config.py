@@ -31,7 +31,8 @@ def test_booleans_are_words(flag, text, value):
 
 @pytest.mark.parametrize(
     "text,message",
-    [("decoder_dimm: 3", "unknown key 'decoder_dimm'"), ("nhead: many", "expected int"), ("nhead: true", "expected int"),
+    [("decoder_dimm: 3", "unknown key 'decoder_dimm'"), ("nhead: many", "expected int"),
+     ("nhead: true", "expected int"),
      ("- 3", "key: value"), ("a: [", "no valid YAML"), ("train_stage: 9", "must be one of")],
 )  # fmt: skip
 def test_bad_yaml_is_named(tmp_path, text, message):
@@ -41,16 +42,18 @@ def test_bad_yaml_is_named(tmp_path, text, message):
         parse("x", PARTS, ["--config", str(path)])
 
 
-@pytest.mark.parametrize("argv", [["--nhead", "x"], ["--unknown", "1"], ["--norm-first", "maybe"], ["--nhe", "3"]])
+@pytest.mark.parametrize(
+    "argv", [["--nhead", "x"], ["--unknown", "1"], ["--norm-first", "maybe"], ["--nhe", "3"]]
+)
 def test_bad_flags_are_named(argv):
     with pytest.raises(UserError, match="see --help"):
         parse("x", PARTS, argv)
 
 
 def test_every_flag_of_the_recipes_family_is_known():
-    flags = """model-name decoder-dim nhead num-decoder-layers num-quantizers scale-factor norm-first add-prenet prefix-mode
-    share-embedding prepend-bos base-lr warmup-steps optimizer-name scheduler-name num-epochs start-epoch start-batch
-    exp-dir max-duration filter-min-duration filter-max-duration num-buckets train-stage manifest-dir world-size
+    flags = """model-name decoder-dim nhead num-decoder-layers num-quantizers scale-factor norm-first add-prenet
+    prefix-mode share-embedding prepend-bos base-lr warmup-steps optimizer-name scheduler-name num-epochs
+    start-epoch start-batch exp-dir max-duration filter-min-duration filter-max-duration num-buckets train-stage manifest-dir world-size
     master-port dtype accumulate-grad-steps save-every-n valid-interval max-steps keep-last-k average-period
     log-interval seed inf-check oom-check tensorboard""".split()
     known = {name for part in PARTS for name in part.__dataclass_fields__}

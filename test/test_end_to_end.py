@@ -19,7 +19,9 @@ MODEL = (
 
 def call(*command):
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -28,16 +30,28 @@ def test_from_a_folder_of_recordings_to_a_continuation(tmp_path):
     sounds = tmp_path / "my sounds"
     sounds.mkdir()
     draw = np.random.default_rng(0)
-    for number, (rate, channels) in enumerate([(16000, 1), (44100, 2), (8000, 1), (22050, 1), (48000, 2), (16000, 1)] * 2):
+    for number, (rate, channels) in enumerate(
+        [(16000, 1), (44100, 2), (8000, 1), (22050, 1), (48000, 2), (16000, 1)] * 2
+    ):
         time = np.arange(12 * rate) / rate
-        tone = 0.3 * np.sin(2 * np.pi * (150 + 40 * number) * time) * (0.5 + 0.5 * np.sin(2 * np.pi * 2 * time))
+        tone = (
+            0.3 * np.sin(2 * np.pi * (150 + 40 * number) * time) * (0.5 + 0.5 * np.sin(2 * np.pi * 2 * time))
+        )
         noise = 0.01 * draw.standard_normal((len(time), channels))
         soundfile.write(sounds / f"clip {number}.wav", tone[:, None] + noise, rate)
     codec, data, exp = save_tiny_codec(tmp_path / "tiny"), tmp_path / "data", tmp_path / "exp"
     recipe = ROOT / "egs" / "folder"
     call("bash", recipe / "prepare.sh", "--audio-dir", sounds, "--data-dir", data, "--codec", codec)
     python = sys.executable
-    trained = [python, recipe / "bin" / "trainer_audiolm.py", *MODEL, "--manifest-dir", data / "tokenized", "--exp-dir", exp]
+    trained = [
+        python,
+        recipe / "bin" / "trainer_audiolm.py",
+        *MODEL,
+        "--manifest-dir",
+        data / "tokenized",
+        "--exp-dir",
+        exp,
+    ]
     call(*trained, "--train-stage", 1)
     call(*trained, "--train-stage", 2)
     evaluated = call(

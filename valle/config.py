@@ -38,7 +38,9 @@ class ModelConfig:
     scale_factor: float = option(1.0, "width of the NAR decoder relative to the AR decoder")
     norm_first: bool = option(True, "normalize before each block (pre-norm)")
     add_prenet: bool = option(False, "pass the embeddings through a small network first")
-    prefix_mode: int = option(0, "VALL-E's acoustic prefix; an AudioLM's prompt is its prefix, so only 0", [0])
+    prefix_mode: int = option(
+        0, "VALL-E's acoustic prefix; an AudioLM's prompt is its prefix, so only 0", [0]
+    )
     share_embedding: bool = option(False, "tie each output layer to the embedding of the codes it predicts")
     prepend_bos: bool = option(False, "put a begin symbol between prompt and target")
     dropout: float = option(0.1, "dropout in the decoders, 0 to 1")
@@ -48,7 +50,9 @@ class ModelConfig:
 class DataConfig:
     """Which cuts are read and how they are batched and split."""
 
-    manifest_dir: str = option("data/tokenized", "folder with cuts_train.jsonl.gz and cuts_validation.jsonl.gz", path=True)
+    manifest_dir: str = option(
+        "data/tokenized", "folder with cuts_train.jsonl.gz and cuts_validation.jsonl.gz", path=True
+    )
     max_duration: float = option(80.0, "seconds of audio in a batch")
     filter_min_duration: float = option(0.0, "leave out cuts shorter than this, in seconds")
     filter_max_duration: float = option(20.0, "leave out cuts longer than this, in seconds")
@@ -75,7 +79,9 @@ class TrainConfig:
     max_minutes: float = option(0.0, "stop after so many minutes in the training loop; 0: no limit")
     start_epoch: int = option(1, "resume after epoch N-1 (loads epoch-(N-1).pt)")
     start_batch: int = option(0, "resume from checkpoint-N.pt; takes precedence over --start-epoch")
-    resume: bool = option(True, "go on from the newest checkpoint of this stage in --exp-dir, if there is one")
+    resume: bool = option(
+        True, "go on from the newest checkpoint of this stage in --exp-dir, if there is one"
+    )
     base_lr: float = option(0.05, "base learning rate (0.05 suits ScaledAdam, 5e-4 AdamW)")
     optimizer_name: str = option("ScaledAdam", "optimizer", ["ScaledAdam", "AdamW"])
     scheduler_name: str = option("Eden", "learning-rate schedule", ["Eden", "cosine", "constant"])
@@ -94,7 +100,9 @@ class TrainConfig:
     average_period: int = option(0, "steps between two updates of the averaged model; 0: no averaging")
     patience: int = option(0, "stop after so many validations without a better loss; 0: never")
     tensorboard: bool = option(True, "write TensorBoard events")
-    inf_check: bool = option(False, "stop on the first non-finite loss or gradient, naming step and parameter")
+    inf_check: bool = option(
+        False, "stop on the first non-finite loss or gradient, naming step and parameter"
+    )
     oom_check: bool = option(False, "run the largest batch once before training")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
@@ -206,7 +214,9 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
         type=parse_bool if plain is bool else plain,
         choices=field.metadata.get("choices"),
         default=None,
-        metavar="true|false" if plain is bool else (None if field.metadata.get("choices") else plain.__name__.upper()),
+        metavar="true|false"
+        if plain is bool
+        else (None if field.metadata.get("choices") else plain.__name__.upper()),
         help=text.replace("%", "%%"),
     )
 
@@ -224,7 +234,9 @@ def _read_yaml(path: Path, fields: dict[str, dataclasses.Field], hints: dict[str
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise UserError(f"configuration '{path}': unknown key '{key}'; known: {', '.join(sorted(fields))}")
+            raise UserError(
+                f"configuration '{path}': unknown key '{key}'; known: {', '.join(sorted(fields))}"
+            )
         plain = _plain_type(hints[name])
         if plain is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -233,7 +245,11 @@ def _read_yaml(path: Path, fields: dict[str, dataclasses.Field], hints: dict[str
                 value = float(value)
             except ValueError:
                 pass
-        if value is not None and not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        if (
+            value is not None
+            and not isinstance(value, plain)
+            or (isinstance(value, bool) and plain is not bool)
+        ):
             raise UserError(
                 f"configuration '{path}': {key} is {value!r} ({type(value).__name__}), expected {plain.__name__}"
             )

@@ -32,16 +32,30 @@ def exp(tmp_path_factory):
 
 def sine(seconds, rate, channels=1):
     time = np.arange(int(seconds * rate)) / rate
-    return np.stack([0.3 * np.sin(2 * np.pi * 220 * (c + 1) * time) for c in range(channels)], 1).astype(np.float32)
+    return np.stack([0.3 * np.sin(2 * np.pi * 220 * (c + 1) * time) for c in range(channels)], 1).astype(
+        np.float32
+    )
 
 
 def run(exp, prompt, *flags):
     out = exp / "out"
-    infer.main(["--prompt", str(prompt), "--checkpoint", str(exp / "exp" / "best-valid-loss.pt"), "--output-dir", str(out), *flags])
+    infer.main(
+        [
+            "--prompt",
+            str(prompt),
+            "--checkpoint",
+            str(exp / "exp" / "best-valid-loss.pt"),
+            "--output-dir",
+            str(out),
+            *flags,
+        ]
+    )
     return out
 
 
-@pytest.mark.parametrize("rate,channels,suffix", [(16000, 1, "wav"), (44100, 2, "wav"), (48000, 1, "flac"), (8000, 2, "ogg")])
+@pytest.mark.parametrize(
+    "rate,channels,suffix", [(16000, 1, "wav"), (44100, 2, "wav"), (48000, 1, "flac"), (8000, 2, "ogg")]
+)
 def test_a_prompt_of_any_rate_and_channels_is_continued(exp, rate, channels, suffix, capsys):
     path = exp / f"clip{rate}.{suffix}"
     soundfile.write(path, sine(2.0, rate, channels), rate)
@@ -140,15 +154,24 @@ def test_a_codec_with_other_weights_is_refused(exp, tmp_path):
         run(exp, tmp_path / "good.wav", "--checkpoint", str(tmp_path / "moved.pt"))
 
 
-@pytest.mark.parametrize("flags,code", [(["--prompt", "missing.wav"], 2), ([], 2), (["--help"], 0), (["--nonsense"], 2)])
+@pytest.mark.parametrize(
+    "flags,code", [(["--prompt", "missing.wav"], 2), ([], 2), (["--help"], 0), (["--nonsense"], 2)]
+)
 def test_the_command_ends_with_one_line(flags, code, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "valle.bin.infer", *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, "-m", "valle.bin.infer", *flags],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert done.returncode == code
     if code == 2:
         assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
         shown = subprocess.run(
-            [sys.executable, "-m", "valle.bin.infer", *flags, "--debug"], capture_output=True, text=True, cwd=tmp_path
+            [sys.executable, "-m", "valle.bin.infer", *flags, "--debug"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
         assert shown.returncode == 2 and "Traceback" in shown.stderr

@@ -90,7 +90,9 @@ def test_a_batch_gives_what_one_by_one_gives():
     wav = torch.randn(3, 1, 6400) * 0.1
     together = codec.encode(wav)
     assert torch.equal(together, torch.cat([codec.encode(row[None]) for row in wav]))
-    torch.testing.assert_close(codec.decode(together), torch.cat([codec.decode(row[None]) for row in together]))
+    torch.testing.assert_close(
+        codec.decode(together), torch.cat([codec.decode(row[None]) for row in together])
+    )
 
 
 def test_saving_and_loading_keeps_codes_and_fingerprint(tmp_path):
@@ -153,22 +155,33 @@ def test_generator_and_discriminator_get_their_own_gradients():
     wav, estimate = torch.randn(2, 4096) * 0.1, (torch.randn(2, 4096) * 0.1).requires_grad_()
     fool, features, judge = model._adversarial(estimate, wav)
     weights = list(model.discriminators.parameters())
-    assert all(g is None for g in torch.autograd.grad(fool + features, weights, retain_graph=True, allow_unused=True))
+    assert all(
+        g is None for g in torch.autograd.grad(fool + features, weights, retain_graph=True, allow_unused=True)
+    )
     assert torch.autograd.grad(judge, [estimate], retain_graph=True, allow_unused=True)[0] is None
     assert torch.autograd.grad(fool, [estimate], retain_graph=True)[0].abs().sum() > 0
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(judge, [weights[1], weights[4]]))
 
 
 def test_the_shipped_codec_codes_speech_like_sound():
-    """Real weights: the resynthesis of a vowel-like sound is nearer to it than silence is, and half of what silence is off."""
+    """Real weights: the resynthesis of a vowel-like sound is less than half as far from it as silence is."""
     codec = load_codec()
-    assert (codec.sample_rate, codec.hop_length, codec.num_quantizers, codec.codebook_size) == (16000, 320, 4, 1024)
+    assert (codec.sample_rate, codec.hop_length, codec.num_quantizers, codec.codebook_size) == (
+        16000,
+        320,
+        4,
+        1024,
+    )
     time = np.arange(32000) / 16000
     pitch = 2 * np.pi * np.cumsum(180 + 20 * np.sin(2 * np.pi * 3 * time)) / 16000
     wav = sum(np.sin(k * pitch) * a for k, a in ((1, 0.5), (2, 0.4), (3, 0.3), (4, 0.35), (5, 0.2), (8, 0.1)))
-    wav = torch.tensor(0.2 * wav * (0.3 + 0.7 * np.abs(np.sin(2 * np.pi * 2 * time))), dtype=torch.float32)[None, None]
+    wav = torch.tensor(0.2 * wav * (0.3 + 0.7 * np.abs(np.sin(2 * np.pi * 2 * time))), dtype=torch.float32)[
+        None, None
+    ]
     codes = codec.encode(wav)
     out = codec.decode(codes)
     distance = CodecTraining(codec).mel_distance
     assert codes.shape == (1, 100, 4) and torch.isfinite(out).all() and float(out.abs().max()) <= 1.5
-    assert float(distance(out[:, 0], wav[:, 0])) < 0.5 * float(distance(torch.zeros_like(wav[:, 0]), wav[:, 0]))
+    assert float(distance(out[:, 0], wav[:, 0])) < 0.5 * float(
+        distance(torch.zeros_like(wav[:, 0]), wav[:, 0])
+    )

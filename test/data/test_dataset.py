@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from synthetic import write_tokenized
 from lhotse import CutSet, Features
+from synthetic import write_tokenized
 
 from valle.config import DataConfig
 from valle.data.dataset import CutBatches, PromptTargetDataset, describe_codes, load_codes

@@ -38,11 +38,27 @@ def test_loss_falls_and_everything_is_written(tokenized, tmp_path):
     exp = run(tokenized, tmp_path / "exp", "--num-epochs", 3, "--tensorboard", "true")
     valid = records(exp, "valid")
     assert valid[-1]["loss"] < valid[0]["loss"] < 3.6
-    for name in ("epoch-1.pt", "epoch-3.pt", "best-valid-loss.pt", "best-valid-loss-stage0.pt", "best-train-loss.pt"):
+    for name in (
+        "epoch-1.pt",
+        "epoch-3.pt",
+        "best-valid-loss.pt",
+        "best-valid-loss-stage0.pt",
+        "best-train-loss.pt",
+    ):
         assert (exp / name).is_file()
     assert list((exp / "tensorboard").glob("events*"))
     contents = torch.load(exp / "best-valid-loss.pt", weights_only=True)
-    expected = {"model", "optimizer", "scheduler", "sampler", "grad_scaler", "config", "codec", "text_symbols", "version"}
+    expected = {
+        "model",
+        "optimizer",
+        "scheduler",
+        "sampler",
+        "grad_scaler",
+        "config",
+        "codec",
+        "text_symbols",
+        "version",
+    }
     assert expected <= set(contents)
     model, _ = load_model(exp / "best-valid-loss.pt")
     assert model.inference(torch.zeros(1, 5, 4, dtype=torch.long), max_new_tokens=3).shape == (1, 8, 4)
@@ -56,7 +72,9 @@ def test_stages_leave_the_other_half_bit_equal_and_hand_over(tokenized, tmp_path
     assert contents["train_stage"] == 2
     for name, value in contents["model"].items():
         if name.startswith("ar_"):
-            assert torch.equal(value, after_ar[name]), f"{name}: stage 2 starts from stage 1's best and keeps it"
+            assert torch.equal(value, after_ar[name]), (
+                f"{name}: stage 2 starts from stage 1's best and keeps it"
+            )
     assert any(not torch.equal(v, after_ar[n]) for n, v in contents["model"].items() if n.startswith("nar_"))
     # Stage 1 left the NAR half as it was drawn.
     torch.manual_seed(42)
@@ -117,7 +135,9 @@ def test_accumulation_does_not_change_the_gradient(tokenized, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("optimizer,schedule", [("ScaledAdam", "Eden"), ("AdamW", "cosine"), ("AdamW", "constant")])
+@pytest.mark.parametrize(
+    "optimizer,schedule", [("ScaledAdam", "Eden"), ("AdamW", "cosine"), ("AdamW", "constant")]
+)
 def test_every_optimizer_and_stage_takes_a_step(tokenized, tmp_path, stage, optimizer, schedule):
     rate = 0.05 if optimizer == "ScaledAdam" else 1e-3
     exp = run(tokenized, tmp_path / "exp", "--optimizer-name", optimizer, "--scheduler-name", schedule,
@@ -137,7 +157,9 @@ def test_scaled_adam_is_scale_free_and_learns():
     paths = []
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(8, 8) * 0.3 * min(scale, 1.0) if scale == 1.0 else torch.randn(8, 8) * 0.3)
+        weight = torch.nn.Parameter(
+            torch.randn(8, 8) * 0.3 * min(scale, 1.0) if scale == 1.0 else torch.randn(8, 8) * 0.3
+        )
         target = torch.ones(8, 8) * 0.3
         optimizer = ScaledAdam([weight], lr=0.03)
         losses = []
@@ -180,7 +202,9 @@ def test_bad_input_is_one_clear_line(tokenized, tmp_path):
             continue
         with pytest.raises(UserError, match=message):
             run(tokenized, tmp_path / "exp", "--max-steps", 1, *flags)
-    (tokenized / "codec.json").write_text(json.dumps({"name": "tiny", "num_quantizers": 4, "codebook_size": 5}))
+    (tokenized / "codec.json").write_text(
+        json.dumps({"name": "tiny", "num_quantizers": 4, "codebook_size": 5})
+    )
     with pytest.raises(UserError, match="expected 0 to 4; were they made with another codec"):
         run(tokenized, tmp_path / "other", "--max-steps", 1)
 
@@ -200,9 +224,21 @@ def test_two_processes_sum_the_gradients_of_all_targets(tokenized, tmp_path):
     """Two ranks validate alike, end together, and their step is that of all targets; gloo on one machine."""
     flags = ["--num-epochs", "1", "--train-stage", "1", "--dropout", "0", "--world-size", "2"]
     exp = tmp_path / "two"
-    command = [*SMALL, "--manifest-dir", str(tokenized), "--exp-dir", str(exp), *flags, "--master-port", "12399"]
+    command = [
+        *SMALL,
+        "--manifest-dir",
+        str(tokenized),
+        "--exp-dir",
+        str(exp),
+        *flags,
+        "--master-port",
+        "12399",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "valle.bin.trainer_audiolm", *command], capture_output=True, text=True, timeout=180
+        [sys.executable, "-m", "valle.bin.trainer_audiolm", *command],
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     two = records(exp, "valid")[-1]
@@ -212,7 +248,9 @@ def test_two_processes_sum_the_gradients_of_all_targets(tokenized, tmp_path):
     dataset = PromptTargetDataset(data, 4, 30, 0, draw=False)
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in CutBatches(tokenized / "cuts_validation.jsonl.gz", data, dataset, 0, training=False).epoch(0):
+        for batch in CutBatches(
+            tokenized / "cuts_validation.jsonl.gz", data, dataset, 0, training=False
+        ).epoch(0):
             result = model.compute_loss(batch, 1)
             total, count = total + float(result.loss), count + result.num_targets
     assert two["loss"] == pytest.approx(total / count, rel=1e-4)

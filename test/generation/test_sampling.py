@@ -62,7 +62,9 @@ def test_greedy_takes_the_likeliest():
         assert torch.equal(sample(logits, sampling, make_streams(5, 0)), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}]
+)
 def test_bad_settings_are_named(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Sampling(**options)

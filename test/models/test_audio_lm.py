@@ -193,7 +193,9 @@ def test_stages_train_their_own_half():
     names = {stage: {name for name, _ in model.stage_parameters(stage)} for stage in (0, 1, 2)}
     assert names[1] and names[2] and not names[1] & names[2]
     assert names[0] == names[1] | names[2] == {name for name, _ in model.named_parameters()}
-    assert all(name.startswith("ar_") for name in names[1]) and all(name.startswith("nar_") for name in names[2])
+    assert all(name.startswith("ar_") for name in names[1]) and all(
+        name.startswith("nar_") for name in names[2]
+    )
     batch = make_batch()
     for stage, other in ((1, "nar_"), (2, "ar_")):
         model.zero_grad()

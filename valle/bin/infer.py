@@ -30,8 +30,12 @@ MIN_PROMPT = 0.5  # seconds; less tells nothing about the sound to continue
 class InferConfig:
     """What is continued, and how."""
 
-    prompt: str | None = option(None, "recording (wav, flac, ogg, mp3, m4a, …) or codes (.npy) to continue; comma list")
-    checkpoint: str | None = option(None, "checkpoint (default: the newest best-valid-loss.pt in the recipe's exp/)")
+    prompt: str | None = option(
+        None, "recording (wav, flac, ogg, mp3, m4a, …) or codes (.npy) to continue; comma list"
+    )
+    checkpoint: str | None = option(
+        None, "checkpoint (default: the newest best-valid-loss.pt in the recipe's exp/)"
+    )
     output_dir: str = option(".", "where the results go")
     max_new_tokens: int | None = option(None, "frames to add (default: 500)")
     duration: float | None = option(None, "seconds to add, instead of --max-new-tokens")
@@ -64,7 +68,9 @@ def read_prompt(path: Path, codec: Codec, num_quantizers: int, max_seconds: floa
             converted = torch.from_numpy(convert_audio(wav, sample_rate, codec.sample_rate, codec.channels))
             codes = codec.encode(converted[None].to(codec.device))[0, :, :num_quantizers].cpu()
     if seconds < MIN_PROMPT:
-        raise UserError(f"prompt '{path}' lasts {seconds:.2f} s, expected at least {MIN_PROMPT} s (3 to 5 s work best)")
+        raise UserError(
+            f"prompt '{path}' lasts {seconds:.2f} s, expected at least {MIN_PROMPT} s (3 to 5 s work best)"
+        )
     return codes[-round(max_seconds * codec.frame_rate) :]
 
 
@@ -77,7 +83,8 @@ def _read_codes(path: Path, codec: Codec, num_quantizers: int) -> Tensor:
         raise UserError(f"prompt '{path}' is not a NumPy array: {error}") from error
     if codes.ndim != 2 or codes.shape[1] != num_quantizers or not np.issubdtype(codes.dtype, np.integer):
         raise UserError(
-            f"prompt '{path}': {codes.dtype} array {codes.shape}, expected integers (frames, {num_quantizers} quantizers)"
+            f"prompt '{path}': {codes.dtype} array {codes.shape}, "
+            f"expected integers (frames, {num_quantizers} quantizers)"
         )
     if codes.size and (codes.min() < 0 or codes.max() >= codec.codebook_size):
         raise UserError(
@@ -140,16 +147,22 @@ def infer(config: InferConfig, recipe: Path | None = None) -> list[Path]:
         wav = codec.decode(row[None].to(device))[0].cpu().numpy()
         added = (len(row) - prompt_len) / codec.frame_rate
         start = round(prompt_len * codec.hop_length)
-        full, continuation = (Path(config.output_dir) / f"{path.stem}_{part}.wav" for part in ("full", "continuation"))
+        full, continuation = (
+            Path(config.output_dir) / f"{path.stem}_{part}.wav" for part in ("full", "continuation")
+        )
         save_audio(full, wav, codec.sample_rate)
         if added == 0:
             raise UserError(f"the model ended '{path}' at once; try another --seed, or --stop-at-eos false")
         save_audio(continuation, wav[:, start:], codec.sample_rate)
-        print(f"{continuation}  {added:.1f} s added to {prompt_len / codec.frame_rate:.1f} s (ended by {reason})")
+        print(
+            f"{continuation}  {added:.1f} s added to {prompt_len / codec.frame_rate:.1f} s (ended by {reason})"
+        )
         print(f"{full}")
         written += [full, continuation]
     total = sum(len(row) for row in result.codes) - int(lens.sum())
-    print(f"checkpoint {checkpoint}, {total / elapsed:.0f} frames/s, {total / codec.frame_rate / elapsed:.1f} x real time")
+    print(
+        f"checkpoint {checkpoint}, {total / elapsed:.0f} frames/s, {total / codec.frame_rate / elapsed:.1f} x real time"
+    )
     return written
 
 

@@ -42,7 +42,9 @@ def split_paths(manifests: str, split: str) -> list[Path]:
     """Audio files of one split; of a recipe's joined and single cuts, the joined ones (the same audio)."""
     paths: dict[Path, None] = {}
     for manifest in manifests.split(","):
-        cuts = [cut for cut in read_manifest(Path(manifest.strip())) if (cut.custom or {}).get("split") == split]
+        cuts = [
+            cut for cut in read_manifest(Path(manifest.strip())) if (cut.custom or {}).get("split") == split
+        ]
         kinds = {(cut.custom or {}).get("kind") for cut in cuts}
         for cut in cuts:
             if "audio" not in kinds or (cut.custom or {}).get("kind") == "audio":
@@ -78,7 +80,9 @@ def train(data: CodecDataConfig, config: TrainConfig, architecture: SpectralCode
         for split, seed in (("train", config.seed + 1000 * distributed.rank()), ("validation", 0))
     ]
     model = CodecTraining(SpectralCodec(architecture))
-    saved = {"config": {"codec": dataclasses.asdict(architecture), "data": to_dict(data), "train": to_dict(config)}}
+    saved = {
+        "config": {"codec": dataclasses.asdict(architecture), "data": to_dict(data), "train": to_dict(config)}
+    }
     trainer = Trainer(model, config, sources[0], sources[1], saved)
     trainer.resume()
     trainer.run()

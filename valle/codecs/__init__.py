@@ -19,7 +19,9 @@ def _own(name: str, num_quantizers: int | None) -> Codec:
     codec = SpectralCodec.load(folder, name)
     if num_quantizers is not None:
         if not 1 <= num_quantizers <= codec.num_quantizers:
-            raise UserError(f"codec '{name}' has {codec.num_quantizers} quantizers, {num_quantizers} were asked for")
+            raise UserError(
+                f"codec '{name}' has {codec.num_quantizers} quantizers, {num_quantizers} were asked for"
+            )
         codec.num_quantizers = num_quantizers
     return codec
 
@@ -71,7 +73,9 @@ def load_codec(
     elif name.count("/") == 1 and not name.startswith((".", "/")):
         builder = _hub
     else:
-        raise UserError(f"unknown codec '{name}'; known: {', '.join(BUILDERS)}, a hub name, or a folder with config.json")
+        raise UserError(
+            f"unknown codec '{name}'; known: {', '.join(BUILDERS)}, a hub name, or a folder with config.json"
+        )
     return builder(name, num_quantizers).to(device).eval()
 
 

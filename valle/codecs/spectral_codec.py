@@ -118,7 +118,9 @@ class SpectralCodec(Codec):
         }
         with atomic_path(folder / "model.safetensors") as temporary:
             save_file(weights, temporary)
-        write_json(folder / "config.json", {"model_type": "valle_spectral", **dataclasses.asdict(self.config)})
+        write_json(
+            folder / "config.json", {"model_type": "valle_spectral", **dataclasses.asdict(self.config)}
+        )
 
     @classmethod
     def load(cls, folder: str | Path, name: str | None = None) -> "SpectralCodec":

@@ -18,7 +18,13 @@ from torch.func import functional_call
 from valle.codecs.spectral_codec import SpectralCodec
 from valle.modules.spectral import LogMel
 
-MEL_SCALES = ((128, 32, 10), (256, 64, 20), (512, 128, 40), (1024, 256, 80), (2048, 512, 120))  # n_fft, hop, bands
+MEL_SCALES = (
+    (128, 32, 10),
+    (256, 64, 20),
+    (512, 128, 40),
+    (1024, 256, 80),
+    (2048, 512, 120),
+)  # n_fft, hop, bands
 DISCRIMINATOR_SCALES = ((1024, 256), (512, 128), (256, 64))  # n_fft, hop
 WEIGHTS = {"mel": 15.0, "commitment": 3.0, "adversarial": 1.0, "features": 2.0}
 
@@ -115,7 +121,9 @@ class CodecTraining(nn.Module):
         parts["mel"] = self.mel_distance(estimate, wav[:, 0])
         discriminator_loss = torch.zeros((), device=wav.device)
         if stage == 2 and self.training:
-            parts["adversarial"], parts["features"], discriminator_loss = self._adversarial(estimate, wav[:, 0])
+            parts["adversarial"], parts["features"], discriminator_loss = self._adversarial(
+                estimate, wav[:, 0]
+            )
         loss = discriminator_loss
         for name, value in parts.items():
             loss = loss + WEIGHTS[name] * value

@@ -52,7 +52,9 @@ def load_codes(cut: Cut, num_quantizers: int | None = None, codebook_size: int |
         else:
             raise UserError(f"cut '{cut.id}' has no codes; run prepare.sh --stage 2")
     except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f"cut '{cut.id}': its codes cannot be read ({error}); run prepare.sh --stage 2") from error
+        raise UserError(
+            f"cut '{cut.id}': its codes cannot be read ({error}); run prepare.sh --stage 2"
+        ) from error
     if codes.ndim != 2 or codes.shape[0] == 0:
         raise UserError(f"cut '{cut.id}': codes of shape {codes.shape}, expected (frames, quantizers)")
     if num_quantizers is not None:
@@ -92,7 +94,12 @@ def describe_codes(manifest_dir: Path, cuts: Path) -> dict[str, Any]:
     info = read_codec_info(manifest_dir)
     if info is None:
         quantizers = load_codes(next(iter(read_manifest(cuts)))).shape[1]
-        log.warning("'%s' has no codec.json; taking %d quantizers x %d codes", manifest_dir, quantizers, FALLBACK_CODEBOOK_SIZE)
+        log.warning(
+            "'%s' has no codec.json; taking %d quantizers x %d codes",
+            manifest_dir,
+            quantizers,
+            FALLBACK_CODEBOOK_SIZE,
+        )
         info = {"name": None, "num_quantizers": quantizers, "codebook_size": FALLBACK_CODEBOOK_SIZE}
     return info
 
@@ -107,7 +114,9 @@ class PromptTargetDataset(Dataset):
         draw: whether ratios are drawn (training), or fixed (validation).
     """
 
-    def __init__(self, config: DataConfig, num_quantizers: int, codebook_size: int, seed: int, draw: bool) -> None:
+    def __init__(
+        self, config: DataConfig, num_quantizers: int, codebook_size: int, seed: int, draw: bool
+    ) -> None:
         self.num_quantizers, self.codebook_size, self.seed = num_quantizers, codebook_size, seed
         self.ratio = config.prompt_ratio
         if not 0 < self.ratio < 1:
@@ -150,7 +159,9 @@ class CutBatches:
         training: shuffle, as the configuration says; validation keeps one order.
     """
 
-    def __init__(self, manifest: Path, config: DataConfig, dataset: PromptTargetDataset, seed: int, training: bool):
+    def __init__(
+        self, manifest: Path, config: DataConfig, dataset: PromptTargetDataset, seed: int, training: bool
+    ):
         self.config, self.dataset, self.seed = config, dataset, seed
         self.shuffle = training and config.shuffle
         self.drop_last = training and config.drop_last

@@ -29,7 +29,9 @@ class RandomSegments:
         seed: of the draw.
     """
 
-    def __init__(self, paths: Sequence[Path], sample_rate: int, seconds: float, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], sample_rate: int, seconds: float, batch_size: int, seed: int
+    ) -> None:
         if not paths:
             raise UserError("no recordings to train the codec on")
         self.num_samples, self.batch_size, self.seed = round(seconds * sample_rate), batch_size, seed

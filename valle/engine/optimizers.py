@@ -66,7 +66,9 @@ class ScaledAdam(torch.optim.Optimizer):
                 state["scale_second"] = parameter.new_zeros(())
         clip = self._clip(group, members)
         first_decay, second_decay = group["betas"]
-        grads = torch._foreach_mul([parameter.grad for parameter in members if parameter.grad is not None], clip)
+        grads = torch._foreach_mul(
+            [parameter.grad for parameter in members if parameter.grad is not None], clip
+        )
         firsts = [self.state[parameter]["first"] for parameter in members]
         seconds = [self.state[parameter]["second"] for parameter in members]
         torch._foreach_lerp_(firsts, grads, 1 - first_decay)

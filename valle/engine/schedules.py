@@ -44,4 +44,8 @@ def constant(config: TrainConfig) -> Schedule:
     return rate
 
 
-SCHEDULES: dict[str, Callable[[TrainConfig], Schedule]] = {"Eden": eden, "cosine": cosine, "constant": constant}
+SCHEDULES: dict[str, Callable[[TrainConfig], Schedule]] = {
+    "Eden": eden,
+    "cosine": cosine,
+    "constant": constant,
+}

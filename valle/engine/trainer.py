@@ -112,7 +112,9 @@ class Trainer:
         if distributed.rank() == 0:
             self.writer = MetricWriter(self.exp_dir, config.tensorboard)
         count = sum(parameter.numel() for _, parameter in self.trained)
-        log.info("stage %d trains %.2f M parameters on %s, %s", self.stage, count / 1e6, self.device, config.dtype)
+        log.info(
+            "stage %d trains %.2f M parameters on %s, %s", self.stage, count / 1e6, self.device, config.dtype
+        )
         if config.oom_check:
             self._try_largest_batch()
         started = time.monotonic() - self.seconds
@@ -197,7 +199,9 @@ class Trainer:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_div_(grads, max(1.0, all_targets))
         norm = torch.nn.utils.get_total_norm(grads)
-        rate = self.schedule(self.step - self.stage_start[0], self.epoch - self.stage_start[1], self._progress())
+        rate = self.schedule(
+            self.step - self.stage_start[0], self.epoch - self.stage_start[1], self._progress()
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if not (torch.isfinite(norm) and total == total and abs(total) != float("inf")):
@@ -228,13 +232,23 @@ class Trainer:
             [sums.sums[name] for name in names] + [sums.counts[name] for name in names], self.device
         )
         half = len(names)
-        averages = {name: reduced[i] / reduced[half + i] for i, name in enumerate(names) if reduced[half + i] > 0}
+        averages = {
+            name: reduced[i] / reduced[half + i] for i, name in enumerate(names) if reduced[half + i] > 0
+        }
         if "loss" not in averages:
-            raise UserError("validation has no batch: cuts_validation is empty after --filter-min/max-duration")
+            raise UserError(
+                "validation has no batch: cuts_validation is empty after --filter-min/max-duration"
+            )
         shown = " | ".join(f"{name} {value:.4g}" for name, value in averages.items())
         log.info("epoch %d | step %d | validation | %s", self.epoch, self.step, shown)
         if self.writer is not None:
-            record = {"step": self.step, "epoch": self.epoch, "stage": self.stage, "split": "valid", **averages}
+            record = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "stage": self.stage,
+                "split": "valid",
+                **averages,
+            }
             self.writer.write(
                 {**record, "time": round(self.seconds, 2)},
                 {f"train/valid_{name}": value for name, value in averages.items()},
@@ -325,7 +339,13 @@ class Trainer:
         shown += [f"lr {lr:.1e}", f"{_short(rate)} targets/s", _memory(self.device), f"eta {_minutes(eta)}"]
         log.info(" | ".join(shown))
         if self.writer is not None:
-            record = {"step": self.step, "epoch": self.epoch, "stage": self.stage, "split": "train", **averages}
+            record = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "stage": self.stage,
+                "split": "train",
+                **averages,
+            }
             tags = {f"train/current_{name}": value for name, value in averages.items()}
             tags.update({f"train/tot_{name}": value for name, value in totals.items()})
             tags.update({"train/learning_rate": lr, "train/epoch": float(self.epoch)})
@@ -367,7 +387,9 @@ class Trainer:
             return self._restore(self.exp_dir / f"epoch-{config.start_epoch - 1}.pt")
         if not config.resume:
             return False
-        candidates = [path for kind in ("epoch", "checkpoint") for _, path in numbered_checkpoints(self.exp_dir, kind)]
+        candidates = [
+            path for kind in ("epoch", "checkpoint") for _, path in numbered_checkpoints(self.exp_dir, kind)
+        ]
         readable = []
         for path in candidates:
             try:
@@ -415,7 +437,9 @@ class Trainer:
         self.totals.load_state_dict(contents["totals"])
         self.model_avg = contents.get("model_avg")
         _set_rng_state(contents["rng"])
-        log.info("resumed from '%s': epoch %d, batch %d, step %d", path, self.epoch, self.batch_in_epoch, self.step)
+        log.info(
+            "resumed from '%s': epoch %d, batch %d, step %d", path, self.epoch, self.batch_in_epoch, self.step
+        )
         return True
 
     def _prune(self, kind: str) -> None:
@@ -439,7 +463,9 @@ class Trainer:
 def pick_device(name: str) -> torch.device:
     """`auto` is this process's GPU where there is one, else the CPU."""
     if name == "auto":
-        name = f"cuda:{distributed.rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        name = (
+            f"cuda:{distributed.rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -451,7 +477,9 @@ def pick_device(name: str) -> torch.device:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+    }
 
 
 def _rng_state() -> dict[str, Any]:

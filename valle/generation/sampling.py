@@ -48,7 +48,9 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # probability of all likelier codes; 0 for the first
+        before = (
+            probabilities.cumsum(-1) - probabilities
+        )  # probability of all likelier codes; 0 for the first
         ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
     return logits

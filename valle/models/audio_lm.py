@@ -126,7 +126,9 @@ class AudioLM(nn.Module):
         self.ar_predict_layer = nn.Linear(d_model, codebook_size + 1, bias=False)
         if share_embedding:
             if prepend_bos:
-                raise ValueError("share_embedding cannot be combined with prepend_bos: the AR tables differ in size")
+                raise ValueError(
+                    "share_embedding cannot be combined with prepend_bos: the AR tables differ in size"
+                )
             self.ar_predict_layer.weight = self.ar_audio_embedding.weight
 
         if num_quantizers > 1:
@@ -134,7 +136,9 @@ class AudioLM(nn.Module):
                 _embedding(codebook_size, nar_dim) for _ in range(num_quantizers)
             )
             self.nar_segment_embedding = _embedding(2, nar_dim)  # prompt, target
-            self.nar_stage_embeddings = nn.ModuleList(_embedding(1, nar_dim) for _ in range(num_quantizers - 1))
+            self.nar_stage_embeddings = nn.ModuleList(
+                _embedding(1, nar_dim) for _ in range(num_quantizers - 1)
+            )
             self.nar_audio_prenet = _prenet(nar_dim) if add_prenet else nn.Identity()
             self.nar_decoder = Transformer(
                 nar_dim, nar_heads, num_layers, dropout, norm_first,
@@ -177,10 +181,14 @@ class AudioLM(nn.Module):
             hidden = self.ar_decoder(self._ar_embed(y), positions, mask, cache)
             return self.ar_predict_layer(hidden)
 
-        prompt = self.ar_audio_prenet(sum_embeddings([self.ar_audio_embedding, *self.ar_prompt_embeddings], x))
+        prompt = self.ar_audio_prenet(
+            sum_embeddings([self.ar_audio_embedding, *self.ar_prompt_embeddings], x)
+        )
         prompt_lens = x_lens
         if self.prepend_bos:
-            prompt, prompt_lens = _append(prompt, x_lens, self._ar_embed(torch.full_like(x[:, 0, 0], self.bos)))
+            prompt, prompt_lens = _append(
+                prompt, x_lens, self._ar_embed(torch.full_like(x[:, 0, 0], self.bos))
+            )
         longest = prompt.shape[1]
         starts = torch.zeros_like(prompt_lens) if cache is None else longest - prompt_lens
         sequence = _join(prompt, prompt_lens, self._ar_embed(y), starts)
@@ -196,7 +204,9 @@ class AudioLM(nn.Module):
         hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.ar_predict_layer(hidden)
 
-    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int | Tensor) -> Tensor:
+    def nar_logits(
+        self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int | Tensor
+    ) -> Tensor:
         """Logits of one quantizer for all target frames, given the prompt and the target's lower quantizers.
 
         Args:
@@ -291,7 +301,10 @@ class AudioLM(nn.Module):
                 targets = y.gather(2, index)[..., 0]
                 row_losses, number = _cross_entropy(logits, targets, valid)
                 correct = _top_correct(logits, targets, valid)
-                named = {"NarLoss": (float(row_losses.detach().sum()), number), "NarTop10Accuracy": (correct, number)}
+                named = {
+                    "NarLoss": (float(row_losses.detach().sum()), number),
+                    "NarTop10Accuracy": (correct, number),
+                }
                 if not self.training:
                     named[f"NarTop10Accuracy_q{int(quantizer[0])}"] = (correct, number)
                 for name, (total, size) in named.items():
@@ -299,7 +312,9 @@ class AudioLM(nn.Module):
                     metrics[name] = (before[0] + total, before[1] + size)
                 predictions["nar"], rows, count = logits, rows + row_losses, count + number
         if not predictions:
-            raise ValueError(f"nothing to train in train_stage {train_stage} with {self.num_quantizers} quantizer(s)")
+            raise ValueError(
+                f"nothing to train in train_stage {train_stage} with {self.num_quantizers} quantizer(s)"
+            )
         loss = rows if reduction == "none" else rows.sum() / (count if reduction == "mean" else 1)
         return AudioLMOutput(predictions, loss, metrics)
 
@@ -399,7 +414,10 @@ class AudioLM(nn.Module):
             self.train(was_training)
         prompt_lens, new_lens = x_lens.tolist(), first.lens.tolist()
         return Generation(
-            [torch.cat([x[i, :s], target[i, :n]]) for i, (s, n) in enumerate(zip(prompt_lens, new_lens, strict=True))],
+            [
+                torch.cat([x[i, :s], target[i, :n]])
+                for i, (s, n) in enumerate(zip(prompt_lens, new_lens, strict=True))
+            ],
             prompt_lens,
             first.finish_reasons,
             [first.log_probs[i, :n] for i, n in enumerate(new_lens)],
@@ -415,7 +433,9 @@ class AudioLM(nn.Module):
         min_new_tokens: int,
         on_frame: Callable[[int], None] | None,
     ) -> Decoded:
-        cache = self.ar_decoder.new_cache(x.shape[0], x.shape[1] + int(self.prepend_bos) + max(1, max_new_tokens))
+        cache = self.ar_decoder.new_cache(
+            x.shape[0], x.shape[1] + int(self.prepend_bos) + max(1, max_new_tokens)
+        )
         logits = self.ar_logits(x, x_lens, x.new_zeros(x.shape[0], 0), cache=cache)[:, -1]
         return decode(
             logits,

@@ -51,7 +51,9 @@ def load_model(
         config = ModelConfig(**contents["config"]["model"])
         codebook_size = int(contents["codec"]["codebook_size"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{name} holds no AudioLM configuration; is it a checkpoint of trainer_audiolm.py?") from error
+        raise UserError(
+            f"{name} holds no AudioLM configuration; is it a checkpoint of trainer_audiolm.py?"
+        ) from error
     model = build_model(config, codebook_size)
     try:
         model.load_state_dict(contents["model"], strict=True)

@@ -29,7 +29,9 @@ class KVCache:
     frame lands in the same column of all rows.
     """
 
-    def __init__(self, num_layers: int, batch: int, nhead: int, capacity: int, head_dim: int, like: Tensor) -> None:
+    def __init__(
+        self, num_layers: int, batch: int, nhead: int, capacity: int, head_dim: int, like: Tensor
+    ) -> None:
         self.layers = [LayerCache(batch, nhead, capacity, head_dim, like) for _ in range(num_layers)]
         self.starts = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.prompt_lens = torch.zeros(batch, dtype=torch.long, device=like.device)

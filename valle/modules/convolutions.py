@@ -38,7 +38,9 @@ class ConvNeXtStack(nn.Module):
         super().__init__()
         self.embed = nn.Conv1d(in_dim, dim, kernel_size, padding=kernel_size // 2)
         self.norm = nn.LayerNorm(dim)
-        self.blocks = nn.ModuleList(ConvNeXtBlock(dim, kernel_size, expansion, 1.0 / depth) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            ConvNeXtBlock(dim, kernel_size, expansion, 1.0 / depth) for _ in range(depth)
+        )
         self.final_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ def lengths_to_mask(lens: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lens.device) < lens[:, None]
 
 
-def prefix_causal_mask(starts: Tensor, prompt_lens: Tensor, query_columns: Tensor, key_columns: Tensor) -> Tensor:
+def prefix_causal_mask(
+    starts: Tensor, prompt_lens: Tensor, query_columns: Tensor, key_columns: Tensor
+) -> Tensor:
     """Full attention inside the prompt, causal after it.
 
     Row i occupies the columns from starts[i]: first its prompt, then its target. Columns before the start are

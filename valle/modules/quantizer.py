@@ -32,7 +32,9 @@ class Codebook(nn.Module):
         super().__init__()
         self.decay, self.min_usage = decay, min_usage
         self.register_buffer("entries", torch.zeros(codebook_size, dim))
-        self.register_buffer("usage", torch.ones(codebook_size))  # moving count of vectors per entry and batch
+        self.register_buffer(
+            "usage", torch.ones(codebook_size)
+        )  # moving count of vectors per entry and batch
         self.register_buffer("sums", torch.zeros(codebook_size, dim))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 

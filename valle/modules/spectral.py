@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None) -> Tensor:
+def mel_filterbank(
+    sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None
+) -> Tensor:
     """Triangular filters of equal area on Slaney's mel scale.
 
     Returns:
@@ -57,11 +59,15 @@ class LogMel(nn.Module):
 
     filters: Tensor
 
-    def __init__(self, sample_rate: int, n_fft: int, hop_length: int, n_mels: int, floor: float = 1e-5) -> None:
+    def __init__(
+        self, sample_rate: int, n_fft: int, hop_length: int, n_mels: int, floor: float = 1e-5
+    ) -> None:
         super().__init__()
         self.spectrogram = Spectrogram(n_fft, hop_length)
         self.floor = floor
-        self.register_buffer("filters", mel_filterbank(sample_rate, n_fft, n_mels).T.contiguous(), persistent=False)
+        self.register_buffer(
+            "filters", mel_filterbank(sample_rate, n_fft, n_mels).T.contiguous(), persistent=False
+        )
 
     def forward(self, wav: Tensor) -> Tensor:
         return (self.spectrogram(wav) @ self.filters).clamp(min=self.floor).log()

@@ -35,7 +35,9 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         batch, time, dim = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.view(batch, time, 3, self.nhead, dim // self.nhead).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+        qkv = qkv.view(batch, time, 3, self.nhead, dim // self.nhead).permute(
+            2, 0, 3, 1, 4
+        )  # (3, B, H, T, d)
         query, key, value = qkv.unbind(0)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)

@@ -23,7 +23,15 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise UserError(f"checkpoint '{path}' does not exist")
     try:
         contents = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, IndexError) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        IndexError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"'{path}' is not a checkpoint, or it is damaged ({reason})") from error
     if not isinstance(contents, dict) or "model" not in contents:

@@ -24,7 +24,9 @@ def sum_over_ranks(values: Iterable[float], device: torch.device) -> list[float]
     numbers = list(values)
     if world_size() == 1:
         return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device="cpu" if dist.get_backend() == "gloo" else device)
+    total = torch.tensor(
+        numbers, dtype=torch.float64, device="cpu" if dist.get_backend() == "gloo" else device
+    )
     dist.all_reduce(total)
     return total.tolist()
 
@@ -60,7 +62,9 @@ def _spawned(number: int, work: Callable[..., object], args: tuple[Any, ...], pr
 
 
 def _join(work: Callable[..., object], args: tuple[Any, ...], number: int, processes: int) -> None:
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=number, world_size=processes)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", rank=number, world_size=processes
+    )
     try:
         work(*args)
     finally:
