@@ -51,11 +51,14 @@ def test_bad_flags_are_named(argv):
 
 
 def test_every_flag_of_the_recipes_family_is_known():
-    flags = """model-name decoder-dim nhead num-decoder-layers num-quantizers scale-factor norm-first add-prenet
-    prefix-mode share-embedding prepend-bos base-lr warmup-steps optimizer-name scheduler-name num-epochs
-    start-epoch start-batch exp-dir max-duration filter-min-duration filter-max-duration num-buckets train-stage manifest-dir world-size
-    master-port dtype accumulate-grad-steps save-every-n valid-interval max-steps keep-last-k average-period
-    log-interval seed inf-check oom-check tensorboard""".split()
+    flags = """
+    model-name decoder-dim nhead num-decoder-layers num-quantizers scale-factor norm-first
+    add-prenet prefix-mode share-embedding prepend-bos base-lr warmup-steps optimizer-name
+    scheduler-name num-epochs start-epoch start-batch exp-dir max-duration filter-min-duration
+    filter-max-duration num-buckets train-stage manifest-dir world-size master-port dtype
+    accumulate-grad-steps save-every-n valid-interval max-steps keep-last-k average-period
+    log-interval seed inf-check oom-check tensorboard
+    """.split()
     known = {name for part in PARTS for name in part.__dataclass_fields__}
     assert {flag.replace("-", "_") for flag in flags} <= known
 

@@ -42,6 +42,9 @@ class ModelConfig:
         0, "VALL-E's acoustic prefix; an AudioLM's prompt is its prefix, so only 0", [0]
     )
     share_embedding: bool = option(False, "tie each output layer to the embedding of the codes it predicts")
+    codebook_embedding: bool = option(
+        True, "start the embeddings from the codec's own vectors, where it is at hand and its vectors add up"
+    )
     prepend_bos: bool = option(False, "put a begin symbol between prompt and target")
     dropout: float = option(0.1, "dropout in the decoders, 0 to 1")
 

@@ -278,6 +278,20 @@ def test_bad_codes_are_named():
         model.inference(x, x_lens, max_new_tokens=0)
 
 
+def test_tables_may_start_from_the_codec():
+    """Embeddings keep the geometry of the codec's vectors: distances up to one factor, sums over quantizers too."""
+    model = make_model(share_embedding=True)
+    codebooks = torch.randn(Q, V, 8) * torch.tensor([4.0, 2.0, 1.0, 0.5]).view(-1, 1, 1)
+    model.start_from_codebooks(codebooks)
+    codes = torch.randint(V, (20, Q))
+    latents = sum(codebooks[q][codes[:, q]] for q in range(Q))
+    for tables in ([model.ar_audio_embedding, *model.ar_prompt_embeddings], model.nar_audio_embeddings):
+        embedded = sum(table(codes[:, q]) for q, table in enumerate(tables))
+        ratios = torch.pdist(embedded) / torch.pdist(latents)
+        torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=1e-6)
+    assert model.ar_predict_layer.weight is model.ar_audio_embedding.weight
+
+
 def test_one_quantizer_needs_no_nar():
     model = make_model(num_quantizers=1)
     x, x_lens, _, _ = make_batch()

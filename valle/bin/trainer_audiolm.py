@@ -4,19 +4,24 @@ Stage 2 starts from stage 1's best checkpoint in --exp-dir. Run again with the s
 it stopped. Manifests are those that a recipe's prepare.sh writes (cuts_train and cuts_validation.jsonl.gz).
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from valle.codecs import load_codec
 from valle.config import DataConfig, ModelConfig, TrainConfig, parse, to_dict
 from valle.data.dataset import CutBatches, PromptTargetDataset, describe_codes
 from valle.engine.trainer import Trainer
-from valle.models.builder import build_model
+from valle.models import AudioLM, build_model
 from valle.utils import distributed
 from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.log import setup_logger
+
+log = logging.getLogger(__name__)
 
 
 def train(model_config: ModelConfig, data: DataConfig, config: TrainConfig) -> dict[str, float]:
@@ -36,6 +41,8 @@ def train(model_config: ModelConfig, data: DataConfig, config: TrainConfig) -> d
         )
     torch.manual_seed(config.seed)
     model = build_model(model_config, int(codec["codebook_size"]))
+    if model_config.codebook_embedding:
+        start_embeddings(model, codec)
     sources = []
     for manifest, training in zip(manifests, (True, False), strict=True):
         dataset = PromptTargetDataset(
@@ -49,6 +56,20 @@ def train(model_config: ModelConfig, data: DataConfig, config: TrainConfig) -> d
     trainer = Trainer(model, config, sources[0], sources[1], saved)
     trainer.resume()
     return trainer.run()
+
+
+def start_embeddings(model: AudioLM, info: dict[str, Any]) -> None:
+    """Start the model's tables from the codec's vectors; where that cannot be, say so and go on with random ones."""
+    reason = "its vectors do not add up"
+    try:
+        codec = load_codec(info["name"], num_quantizers=model.num_quantizers) if info.get("name") else None
+        codebooks = codec.codebooks() if codec is not None else None
+    except UserError as error:
+        codebooks, reason = None, str(error)
+    if codebooks is None:
+        log.info("embeddings start at random: codec %s: %s", info.get("name"), reason)
+    else:
+        model.start_from_codebooks(codebooks)
 
 
 def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> None:

@@ -48,6 +48,10 @@ class Codec(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, T, Q) int64 -> (B, C, N'), N' about T · hop_length."""
 
+    def codebooks(self) -> Tensor | None:
+        """(Q, V, D): the vectors that a frame's codes stand for, which add up; None where they do not."""
+        return None
+
     def num_frames(self, num_samples: int) -> int:
         """Frames that `num_samples` samples are coded in."""
         return -(-num_samples // self.hop_length)

@@ -106,6 +106,9 @@ class SpectralCodec(Codec):
             )
         return self.synthesize(self.quantizer.decode(codes.long()))
 
+    def codebooks(self) -> Tensor:
+        return torch.stack([codebook.entries for codebook in self.quantizer.codebooks])[: self.num_quantizers]
+
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` (half precision, inference only) into `folder`."""
         from safetensors.torch import save_file

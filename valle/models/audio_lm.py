@@ -27,6 +27,7 @@ from valle.modules.masks import lengths_to_mask, prefix_causal_mask
 from valle.modules.transformer import Transformer
 from valle.utils.errors import UserError
 
+CODEBOOK_RMS = 0.05  # size of quantizer 0's embeddings when they start from the codec's vectors
 TOP = 10  # ArTop10Accuracy and NarTop10Accuracy
 Metrics = dict[str, tuple[float, int]]
 
@@ -150,6 +151,30 @@ class AudioLM(nn.Module):
             if share_embedding:
                 for index, layer in enumerate(self.nar_predict_layers):
                     layer.weight = self.nar_audio_embeddings[index + 1].weight
+
+    @torch.no_grad()
+    def start_from_codebooks(self, codebooks: Tensor) -> None:
+        """Start the tables of codes from the codec's own vectors, so that codes which sound alike start alike.
+
+        All quantizers go through one random projection with orthonormal rows: the sum of a frame's embeddings is
+        then its quantized latent, as the codec adds it up, and a tied output layer measures the distance to each
+        code. On little data this saves most of what random tables would have to learn first.
+
+        Args:
+            codebooks: (Q, V, C) from `Codec.codebooks`.
+        """
+        codebooks = codebooks[: self.num_quantizers].to(self.device)
+        scaled = codebooks * (CODEBOOK_RMS / (codebooks[0] - codebooks[0].mean(0)).square().mean().sqrt())
+        size = self.codebook_size
+        decoders = [[self.ar_audio_embedding, *self.ar_prompt_embeddings]]
+        if self.num_quantizers > 1:
+            decoders.append([*self.nar_audio_embeddings])
+        for tables in decoders:
+            dim = tables[0].weight.shape[1]
+            projection = torch.empty(dim, codebooks.shape[2], device=self.device)
+            nn.init.orthogonal_(projection)
+            for table, vectors in zip(tables, scaled, strict=True):
+                table.weight[:size] = vectors @ projection.T * (dim / codebooks.shape[2]) ** 0.5
 
     # ------------------------------------------------------------------ logits
 
