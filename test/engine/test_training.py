@@ -64,6 +64,11 @@ def test_loss_falls_and_everything_is_written(tokenized, tmp_path):
     assert model.inference(torch.zeros(1, 5, 4, dtype=torch.long), max_new_tokens=3).shape == (1, 8, 4)
 
 
+def test_a_training_shorter_than_the_validation_interval_is_validated(tokenized, tmp_path):
+    exp = run(tokenized, tmp_path / "exp", "--num-epochs", 1, "--valid-interval", 1000)
+    assert len(records(exp, "valid")) == 1 and (exp / "best-valid-loss.pt").is_file()
+
+
 def test_stages_leave_the_other_half_bit_equal_and_hand_over(tokenized, tmp_path):
     exp = run(tokenized, tmp_path / "exp", "--num-epochs", 2, "--train-stage", 1)
     after_ar = load_checkpoint(exp / "best-valid-loss-stage1.pt")["model"]

@@ -99,6 +99,7 @@ class Trainer:
         self.seconds = 0.0  # spent in this stage's loop, over restarts
         self.best = {"valid": float("inf"), "train": float("inf")}
         self.stale_validations = 0
+        self.validated_step = -1
         self.totals = MetricSums()
         self.model_avg: dict[str, torch.Tensor] | None = None
         self.bad_steps = 0
@@ -153,10 +154,10 @@ class Trainer:
                     valid = self.validate()
                 self._end_epoch()
                 done = self._finished()
-        stopped_inside = self.batch_in_epoch > 0 and self.step > first_step
-        if stopped_inside and not (config.valid_interval and self.step % config.valid_interval == 0):
+        trained = self.step > first_step
+        if trained and self.validated_step != self.step:
             valid = self.validate()
-        if stopped_inside:
+        if trained and self.batch_in_epoch > 0:
             self.save(f"checkpoint-{self.step}.pt")
             self._prune("checkpoint")
         if self.writer is not None:
@@ -222,6 +223,7 @@ class Trainer:
         if self.valid_source is None:
             return {}
         self.model.eval()
+        self.validated_step = self.step
         sums = MetricSums()
         for batch in self.valid_source.epoch(0):
             with self._autocast():

@@ -32,7 +32,7 @@ class Decoded:
     log_probs: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     logits: Tensor,
     step: Callable[[Tensor], Tensor],

@@ -363,7 +363,7 @@ class AudioLM(nn.Module):
 
     # -------------------------------------------------------------- generation
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def inference(
         self,
         x: Tensor,
@@ -395,7 +395,7 @@ class AudioLM(nn.Module):
             longest = (x.shape[0] if x.dim() == 2 else x.shape[1]) + max_new_tokens
         return torch.stack([F.pad(codes, (0, 0, 0, longest - len(codes))) for codes in result.codes])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         x: Tensor,
