@@ -253,3 +253,13 @@ def test_transformers_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'valle\[hub\]'"):
         load_codec("mimi")
+
+
+def test_encodec_vectors_add_up_to_its_latents(folders):
+    codec = load_codec(folders["encodec"])
+    codes = codec.encode(_wav(codec, 10 * codec.hop_length))  # (B, T, Q)
+    expected = codec.model.quantizer.decode(codes.permute(2, 0, 1))  # (B, D, T)
+    vectors = codec.codebooks()
+    added = sum(vectors[q][codes[..., q]] for q in range(codec.num_quantizers))
+    torch.testing.assert_close(added.transpose(1, 2), expected)
+    assert load_codec(folders["dac"]).codebooks() is None

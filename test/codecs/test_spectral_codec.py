@@ -85,6 +85,15 @@ def test_shapes(num_samples):
     assert codec.decode(codes).shape == (2, 1, codes.shape[1] * 320)
 
 
+def test_fewer_quantizers_are_the_first_ones(tmp_path):
+    small_codec().save(tmp_path / "codec")
+    whole, two = load_codec(tmp_path / "codec"), load_codec(tmp_path / "codec", num_quantizers=2)
+    wav = torch.randn(1, 1, 3200) * 0.1
+    assert torch.equal(two.encode(wav), whole.encode(wav)[..., :2])
+    assert two.decode(two.encode(wav)).shape == (1, 1, 3200) and two.info()["num_quantizers"] == 2
+    assert two.codebooks().shape == (2, 16, 8)
+
+
 def test_a_batch_gives_what_one_by_one_gives():
     codec = small_codec()
     wav = torch.randn(3, 1, 6400) * 0.1

@@ -152,6 +152,22 @@ def test_every_optimizer_and_stage_takes_a_step(tokenized, tmp_path, stage, opti
     assert all(bool(torch.isfinite(v).all()) for v in contents["model"].values() if v.is_floating_point())
 
 
+def test_the_averaged_model_is_the_mean_over_steps(tokenized, tmp_path):
+    flags = ("--average-period", 1, "--save-every-n", 1, "--max-steps", 4, "--num-epochs", 9, "--keep-last-k", 0)
+    exp = run(tokenized, tmp_path / "exp", *flags)
+    files = [load_checkpoint(exp / f"checkpoint-{step}.pt") for step in (1, 2, 3, 4)]
+    for name, average in files[-1]["model_avg"].items():
+        torch.testing.assert_close(average, torch.stack([file["model"][name] for file in files]).mean(0))
+    # What icefall's tools compute from two files: the mean over the steps between them.
+    start, end = files[1], files[3]
+    first, last = start["batch_idx_train"], end["batch_idx_train"]
+    assert (first, last, end["average_period"]) == (2, 4, 1)
+    for name in end["model_avg"]:
+        between = (end["model_avg"][name] * last - start["model_avg"][name] * first) / (last - first)
+        expected = (files[2]["model"][name] + files[3]["model"][name]) / 2
+        torch.testing.assert_close(between, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_trains(tokenized, tmp_path):
     exp = run(tokenized, tmp_path / "exp", "--dtype", "bfloat16", "--max-steps", 3, "--oom-check", "true")
     assert records(exp, "train")[-1]["loss"] < 4

@@ -15,7 +15,7 @@ def test_known_logits_give_known_scores(make_model, make_codes):
     codes[20, 0] = (
         codes[20, 0] + 5
     ) % 12  # one surprise, and its follower, for quantizer 0; its right code is not q - 1's
-    scores = score_model(make_model(), [SplitCodes("a", codes[:10], codes[10:])], progress=False)
+    scores = score_model(make_model(), [SplitCodes("a", codes[:10], codes[10:])], show_progress=False)
     right_ar, wrong_ar = math.log((9 + 12) / 9), math.log(9 + 12)  # 12 codes and the end symbol
     right_nar, wrong_nar = math.log((9 + 11) / 9), math.log(9 + 11)
     assert scores.frames.tolist() == [20]
@@ -31,9 +31,9 @@ def test_batched_equals_one_by_one(make_model, make_codes):
         for n in (9, 40, 17, 33, 12)
         for codes in [make_codes(n, n)]
     ]
-    one_by_one = [score_model(make_model(), [split], progress=False) for split in splits]
+    one_by_one = [score_model(make_model(), [split], show_progress=False) for split in splits]
     for max_frames in (1, 60, 10_000):
-        batched = score_model(make_model(), splits, max_frames=max_frames, progress=False)
+        batched = score_model(make_model(), splits, max_frames=max_frames, show_progress=False)
         for name in ("frames", "loss", "top1", "top10"):
             assert getattr(batched, name) == pytest.approx(
                 np.concatenate([getattr(one, name) for one in one_by_one])
@@ -48,13 +48,13 @@ def test_padded_frames_are_not_scored_whatever_the_model_says_there(make_model, 
             return logits.masked_fill(beyond[..., None], float("nan"))
 
     splits = [SplitCodes(str(n), codes[:4], codes[4:]) for n in (10, 30) for codes in [make_codes(n, n)]]
-    wild, tame = (score_model(kind(), splits, progress=False) for kind in (Wild, make_model))
+    wild, tame = (score_model(kind(), splits, show_progress=False) for kind in (Wild, make_model))
     assert np.isfinite(wild.loss).all() and wild.loss == pytest.approx(tame.loss)
 
 
 def test_interval_is_per_frame_and_differences_are_paired(make_model, make_codes):
     splits = [SplitCodes(str(n), codes[:4], codes[4:]) for n in (10, 30, 24) for codes in [make_codes(n, n)]]
-    scores = score_model(make_model(), splits, progress=False)
+    scores = score_model(make_model(), splits, show_progress=False)
     assert scores.interval("loss", 0, seed=0).mean == pytest.approx(
         scores.loss[:, 0].sum() / scores.frames.sum()
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from valle.codecs import Codec, load_codec
 from valle.config import option, parse
@@ -22,6 +21,7 @@ from valle.models.builder import find_checkpoint
 from valle.utils.audio import convert_audio, load_audio, save_audio
 from valle.utils.command import run
 from valle.utils.errors import UserError
+from valle.utils.progress import progress
 
 MIN_PROMPT = 0.5  # seconds; less tells nothing about the sound to continue
 
@@ -134,7 +134,7 @@ def infer(config: InferConfig, recipe: Path | None = None) -> list[Path]:
     lens = torch.tensor([len(row) for row in codes])
     padded = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True)
     started = time.monotonic()
-    with tqdm(total=frames, desc="generating", unit="frame", leave=False) as bar:
+    with progress(total=frames, desc="generating", unit="frame") as bar:
         result = model.generate(
             padded, lens, frames, config.temperature, config.top_k, config.top_p, config.seed,
             min_new_tokens=0 if config.stop_at_eos else frames, on_frame=lambda done: bar.update(1),

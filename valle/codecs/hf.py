@@ -132,6 +132,10 @@ class EncodecCodec(HFCodec):
         codes = self.model.encode(wav, bandwidth=self.bandwidth).audio_codes[0]  # one chunk: (1, B, Q', T)
         return codes[:, : self.num_quantizers]
 
+    def codebooks(self) -> Tensor:
+        layers = self.model.quantizer.layers[: self.num_quantizers]
+        return torch.stack([layer.codebook.embed for layer in layers])  # (Q, V, D)
+
     def _decode(self, codes: Tensor) -> Tensor:
         wav = self.model.decode(codes[None], [None]).audio_values
         return wav * NORMALIZED_RMS if self.normalize else wav

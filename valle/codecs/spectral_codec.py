@@ -91,7 +91,7 @@ class SpectralCodec(Codec):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(wav))
+        return self.quantizer.encode(self.latents(wav))[..., : self.num_quantizers]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

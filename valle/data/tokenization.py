@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from lhotse.array import Array, TemporalArray
 from lhotse.cut import Cut
-from tqdm import tqdm
 
 from valle.codecs.base import Codec
 from valle.data.manifests import file_id, read_manifest, with_codes, write_cuts, write_jsonl
 from valle.utils.audio import convert_audio
 from valle.utils.errors import UserError
 from valle.utils.files import atomic_path, write_json
+from valle.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def tokenize_manifest(
     encoded = 0
     encoded_duration = 0.0
     start = time.monotonic()
-    with tqdm(cuts, desc="tokenize", unit="cut", dynamic_ncols=True) as progress:
-        for cut in progress:
+    with progress(cuts, desc="tokenize", unit="cut") as bar:
+        for cut in bar:
             try:
                 path = output_dir / "codes" / _split(cut) / _file_name(cut, info["fingerprint"])
                 shape = _stored_shape(path, codec)
@@ -74,7 +74,7 @@ def tokenize_manifest(
                     encoded += 1
                     encoded_duration += cut.duration
                     speed = encoded_duration / max(time.monotonic() - start, 1e-9)
-                    progress.set_postfix_str(f"{speed:.1f} audio-hours/hour", refresh=False)
+                    bar.set_postfix_str(f"{speed:.1f} audio-hours/hour", refresh=False)
                 done.append(with_codes(cut, _temporal_array(cut, path, shape, codec)))
             except UserError as error:
                 skipped.append({"id": cut.id, "reason": str(error)})

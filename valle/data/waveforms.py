@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from valle.utils.audio import convert_audio, load_audio
 from valle.utils.errors import UserError
+from valle.utils.progress import progress
 
 GAIN_DB = (-12.0, 3.0)  # range of the random level change
 PEAK = 0.99
@@ -36,7 +36,7 @@ class RandomSegments:
             raise UserError("no recordings to train the codec on")
         self.num_samples, self.batch_size, self.seed = round(seconds * sample_rate), batch_size, seed
         loaded = []
-        for path in tqdm(paths, desc="reading", unit="file", leave=False):
+        for path in progress(paths, desc="reading", unit="file"):
             wav = convert_audio(*load_audio(path), sample_rate, 1)[0]
             if len(wav) < self.num_samples:
                 wav = np.pad(wav, (0, self.num_samples - len(wav)))

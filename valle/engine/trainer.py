@@ -372,6 +372,9 @@ class Trainer:
             "train_stage": self.stage,
             "step": self.step,
             "epoch": self.epoch,
+            # Names by which icefall's averaging tools weight `model_avg`.
+            "batch_idx_train": self.step - self.stage_start[0],
+            "average_period": self.config.average_period,
             "best_valid_loss": self.best["valid"],
             "best_train_loss": self.best["train"],
             "stale_validations": self.stale_validations,

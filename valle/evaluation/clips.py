@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
-from tqdm import tqdm
 
 from valle.codecs import Codec
 from valle.evaluation.audio import dnsmos, log_mel_distance
 from valle.evaluation.baselines import Unigram, sample_unigram
 from valle.evaluation.statistics import Interval, bootstrap_ci
 from valle.utils.audio import convert_audio, save_audio
+from valle.utils.progress import progress
 
 log = logging.getLogger(__name__)
 MIN_REST_SECONDS = 1.0  # of recording after the prompt, for a cut to be a clip
@@ -148,7 +148,7 @@ def save_clips(clips: Sequence[Clip], folder: Path) -> None:
                 save_audio(folder / f"{stem}_{name}.wav", wav, clip.sample_rate)
 
 
-def dnsmos_table(clips: Sequence[Clip], seed: int, progress: bool = True) -> dict[str, dict[str, Any]]:
+def dnsmos_table(clips: Sequence[Clip], seed: int, show_progress: bool = True) -> dict[str, dict[str, Any]]:
     """DNSMOS of every condition: condition -> `full` and `continuation` -> score name -> Interval.
 
     Noise has no beginning to keep apart, and stands under both.
@@ -156,7 +156,7 @@ def dnsmos_table(clips: Sequence[Clip], seed: int, progress: bool = True) -> dic
     pairs = [(condition, part) for condition in CONDITIONS for part in ("full", "continuation")]
     pairs.remove(("noise", "full"))
     table: dict[str, dict[str, Any]] = {}
-    bar = tqdm(total=len(pairs) * len(clips), desc="DNSMOS", unit="clip", disable=not progress)
+    bar = progress(total=len(pairs) * len(clips), desc="DNSMOS", unit="clip", disable=not show_progress)
     for condition, part in pairs:
         scores = []
         for clip in clips:

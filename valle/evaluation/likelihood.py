@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from valle.evaluation.scores import SplitCodes, TokenScores, frame_scores, stack_scores
+from valle.utils.progress import progress
 
 
 class ScoredModel(Protocol):
@@ -33,7 +33,7 @@ def score_model(
     splits: Sequence[SplitCodes],
     device: str | torch.device = "cpu",
     max_frames: int = 6000,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> TokenScores:
     """Score every quantizer on the target frames of each cut.
 
@@ -42,14 +42,14 @@ def score_model(
         splits: held-out cuts; prompt and target have at least `model.num_quantizers` columns.
         device: where the model is.
         max_frames: padded frames in a batch.
-        progress: show a bar on stderr.
+        show_progress: show a bar on stderr.
 
     Returns:
         Scores in the order of `splits`, for quantizers 0 (AR) to Q - 1 (NAR).
     """
     num_quantizers = model.num_quantizers
     sums = np.zeros((len(splits), num_quantizers, 3))
-    bar = tqdm(total=len(splits), desc="scoring cuts", unit="cut", disable=not progress)
+    bar = progress(total=len(splits), desc="scoring cuts", unit="cut", disable=not show_progress)
     for rows in _batches(splits, max_frames):
         x, x_lens = _pad([splits[row].prompt[:, :num_quantizers] for row in rows], device)
         y, y_lens = _pad([splits[row].target[:, :num_quantizers] for row in rows], device)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
-from tqdm import tqdm
 
 from valle.config import option, parse
 from valle.data.manifests import (
@@ -36,6 +35,7 @@ from valle.utils.audio import convert_audio, load_audio
 from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.log import setup_logger
+from valle.utils.progress import progress
 
 logger = logging.getLogger("valle.egs.asterisk.manifests")
 
@@ -126,7 +126,7 @@ def read_clips(language: str, folder: Path, skipped: list[dict[str, str]]) -> li
     texts = read_transcripts(language, folder)
     lowered = {name.lower(): text for name, text in texts.items()}
     clips = []
-    for path in tqdm(sorted(sounds.rglob("*.g722")), desc=f"decode {language}", unit="clip"):
+    for path in progress(sorted(sounds.rglob("*.g722")), desc=f"decode {language}", unit="clip"):
         name = path.relative_to(sounds).with_suffix("").as_posix()
         text = texts.get(name, lowered.get(name.lower()))
         reason = no_speech(name, text)

@@ -18,7 +18,6 @@ import numpy as np
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
 from list_audio import list_audio
-from tqdm import tqdm
 
 from valle.codecs import DEFAULT_CODEC, load_codec
 from valle.config import option, parse
@@ -41,6 +40,7 @@ from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.files import write_json
 from valle.utils.log import setup_logger
+from valle.utils.progress import progress
 
 logger = logging.getLogger("valle.egs.folder.manifests")
 
@@ -126,7 +126,7 @@ def convert_all(
     """Read every file once, and write its pieces; what cannot be used goes to `skipped`."""
     sources: list[Source] = []
     seen: dict[str, str] = {}
-    for path, source_id in tqdm(
+    for path, source_id in progress(
         list(zip(paths, make_ids(paths, audio_dir), strict=True)), desc="convert", unit="file"
     ):
         name = path.relative_to(audio_dir).as_posix()
