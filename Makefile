@@ -25,10 +25,10 @@ demo: $(VENV)/.installed  ## recordings -> tokens -> training -> continuations: 
 	PYTHON=$(CURDIR)/$(VENV)/bin/python bash egs/asterisk/run.sh $(ARGS)
 
 test: $(VENV)/.installed-dev  ## every test that is quick
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow" -n auto --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.installed-dev  ## every test
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .

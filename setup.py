@@ -12,7 +12,7 @@ HUB = ["transformers>=5.0"]
 EVAL = ["speechmos", "onnxruntime"]  # speechmos carries the weights of DNSMOS
 TENSORBOARD = ["tensorboard>=2.16"]
 REPORT = ["matplotlib>=3.8"]
-DEV = ["pytest>=8", "ruff", "mypy", "pre-commit", "types-PyYAML", "types-tqdm"]
+DEV = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "pre-commit", "types-PyYAML", "types-tqdm"]
 
 setup(
     name="valle",
