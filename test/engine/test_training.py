@@ -108,6 +108,20 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tokenized, tmp_path, dro
     assert (broken / "checkpoint-12.pt").stat().st_mtime_ns == before
 
 
+def test_a_stage_that_is_done_stays_done_when_called_again(tokenized, tmp_path):
+    """Also after the next stage has written, and pruned, its own checkpoints."""
+    flags = ("--num-epochs", 3, "--keep-last-k", 1, "--save-every-n", 2)
+    exp = tmp_path / "exp"
+    for stage in (1, 2):
+        run(tokenized, exp, *flags, "--train-stage", stage)
+    before = {path.name: path.stat().st_mtime_ns for path in exp.glob("*.pt")}
+    for stage in (1, 2):
+        run(tokenized, exp, *flags, "--train-stage", stage)
+    assert {path.name: path.stat().st_mtime_ns for path in exp.glob("*.pt")} == before
+    kept = [path.name for path in exp.glob("epoch-*.pt")]
+    assert sorted(kept) == ["epoch-3.pt", "epoch-6.pt"], "one of each stage"
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_used(tokenized, tmp_path, capfd):
     exp = run(tokenized, tmp_path / "exp", "--save-every-n", 2, "--max-steps", 4, "--num-epochs", 9)
     last = exp / "checkpoint-4.pt"
@@ -153,7 +167,18 @@ def test_every_optimizer_and_stage_takes_a_step(tokenized, tmp_path, stage, opti
 
 
 def test_the_averaged_model_is_the_mean_over_steps(tokenized, tmp_path):
-    flags = ("--average-period", 1, "--save-every-n", 1, "--max-steps", 4, "--num-epochs", 9, "--keep-last-k", 0)
+    flags = (
+        "--average-period",
+        1,
+        "--save-every-n",
+        1,
+        "--max-steps",
+        4,
+        "--num-epochs",
+        9,
+        "--keep-last-k",
+        0,
+    )
     exp = run(tokenized, tmp_path / "exp", *flags)
     files = [load_checkpoint(exp / f"checkpoint-{step}.pt") for step in (1, 2, 3, 4)]
     for name, average in files[-1]["model_avg"].items():

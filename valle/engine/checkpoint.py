@@ -33,8 +33,13 @@ def numbered_checkpoints(folder: Path, kind: str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def remove_old(folder: Path, kind: str, keep: int) -> None:
-    """Keep the newest `keep` numbered checkpoints of a kind."""
+def remove_old(folder: Path, kind: str, keep: int, since: int) -> None:
+    """Keep the newest `keep` numbered checkpoints of a kind, and all with a number below `since`.
+
+    Numbers go on from stage to stage: what is below belongs to an earlier stage, which could else not tell, when it is
+    called again, that it is done.
+    """
     if keep > 0:
-        for _, path in numbered_checkpoints(folder, kind)[:-keep]:
+        mine = [path for number, path in numbered_checkpoints(folder, kind) if number >= since]
+        for path in mine[:-keep]:
             path.unlink()

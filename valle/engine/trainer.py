@@ -449,7 +449,9 @@ class Trainer:
 
     def _prune(self, kind: str) -> None:
         if distributed.rank() == 0:
-            remove_old(self.exp_dir, kind, self.config.keep_last_k)
+            first_step, first_epoch = self.stage_start
+            since = first_epoch if kind == "epoch" else first_step + 1
+            remove_old(self.exp_dir, kind, self.config.keep_last_k, since)
 
     def _update_average(self) -> None:
         """Running average of the weights over all steps of the stage so far."""
