@@ -41,7 +41,7 @@ def decode(
     streams: Sequence[torch.Generator],
     max_new_tokens: int,
     min_new_tokens: int = 0,
-    on_frame: Callable[[int], None] | None = None,
+    on_frame: Callable[[int], object] | None = None,
 ) -> Decoded:
     """Draw up to `max_new_tokens` codes a row.
 

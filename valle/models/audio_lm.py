@@ -406,7 +406,7 @@ class AudioLM(nn.Module):
         top_p: float = 1.0,
         seed: int | None = None,
         min_new_tokens: int = 0,
-        on_frame: Callable[[int], None] | None = None,
+        on_frame: Callable[[int], object] | None = None,
     ) -> Generation:
         """Continue each prompt; rows do not influence each other.
 
@@ -456,7 +456,7 @@ class AudioLM(nn.Module):
         seed: int | None,
         max_new_tokens: int,
         min_new_tokens: int,
-        on_frame: Callable[[int], None] | None,
+        on_frame: Callable[[int], object] | None,
     ) -> Decoded:
         cache = self.ar_decoder.new_cache(
             x.shape[0], x.shape[1] + int(self.prepend_bos) + max(1, max_new_tokens)
