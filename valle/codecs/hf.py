@@ -10,6 +10,7 @@ et al. 2024 (arXiv:2410.00037). Each wrapper gives the codes that the `transform
 import contextlib
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,13 @@ class HFCodec(Codec):
         wav = wav.reshape(codes.shape[0], self.channels, -1)[..., :num_samples]
         return F.pad(wav, (0, num_samples - wav.shape[-1]))  # odd strides of DAC fall a few samples short
 
+    @abstractmethod
     def _encode(self, wav: Tensor) -> Tensor:
         """(B, C, N) -> (B, Q, T)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
         """(B, Q, T) -> (B, C, ~T * hop_length)."""
-        raise NotImplementedError
 
 
 class EncodecCodec(HFCodec):
