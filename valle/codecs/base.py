@@ -4,6 +4,7 @@ Nobody else types a frame rate, a hop or a codebook size: these numbers come fro
 """
 
 import hashlib
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -21,6 +22,7 @@ class Codec(nn.Module):
         hop_length: samples per frame.
         num_quantizers: Q, codes per frame.
         codebook_size: V, values of a code.
+        causal: no sample depends on a frame after its own.
     """
 
     name: str
@@ -29,11 +31,20 @@ class Codec(nn.Module):
     hop_length: int
     num_quantizers: int
     codebook_size: int
+    causal: bool = False
 
     @property
     def frame_rate(self) -> float:
         """Frames per second."""
         return self.sample_rate / self.hop_length
+
+    @property
+    def context_frames(self) -> int:
+        """Frames before and behind a frame that its samples depend on, as far as can be heard.
+
+        Decoding in pieces decodes so many again. One second, unless a codec knows its own reach.
+        """
+        return math.ceil(self.frame_rate)
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +57,7 @@ class Codec(nn.Module):
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, T, Q) int64 -> (B, C, N'), N' about T · hop_length."""
+        """codes (B, T, Q) int64 -> (B, C, T · hop_length)."""
 
     def codebooks(self) -> Tensor | None:
         """(Q, V, D): the vectors that a frame's codes stand for, which add up; None where they do not."""

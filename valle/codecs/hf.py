@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from valle.codecs.base import Codec
@@ -114,6 +114,11 @@ class EncodecCodec(HFCodec):
         hop_length = math.prod(model.config.upsampling_ratios)
         super().__init__(name, model, hop_length, len(model.quantizer.layers), 8, num_quantizers)
         self.normalize = bool(model.config.normalize)
+        self.causal = (
+            model.config.use_causal_conv
+            and model.config.trim_right_ratio == 1.0
+            and model.config.norm_type == "weight_norm"  # the other norm averages over all of time
+        )
         model.config.chunk_length_s = None
         model.config.normalize = False
         # residual quantizers come one after another: the smallest bandwidth with enough of them, cut to Q
@@ -152,6 +157,17 @@ class DacCodec(HFCodec):
         hop_length = math.prod(model.config.downsampling_ratios)
         super().__init__(name, model, hop_length, model.config.n_codebooks, 12, num_quantizers)
 
+    @property
+    def context_frames(self) -> int:
+        """Reach of the decoder's convolutions, counted from the samples back to the codes."""
+        reach = 0
+        for layer in reversed(list(self.model.decoder.modules())):
+            if isinstance(layer, nn.ConvTranspose1d):
+                reach = math.ceil(reach / layer.stride[0]) + layer.kernel_size[0] // layer.stride[0] - 1
+            elif isinstance(layer, nn.Conv1d):
+                reach += layer.dilation[0] * (layer.kernel_size[0] // 2)
+        return reach
+
     def _encode(self, wav: Tensor) -> Tensor:
         padding = self.num_frames(wav.shape[-1]) * self.hop_length - wav.shape[-1]
         return self.model.encode(F.pad(wav, (0, padding)), n_quantizers=self.num_quantizers).audio_codes
@@ -166,6 +182,7 @@ class MimiCodec(HFCodec):
     def __init__(self, name: str, model: Any, num_quantizers: int | None) -> None:
         hop_length = round(model.config.sampling_rate / model.config.frame_rate)
         super().__init__(name, model, hop_length, model.config.num_quantizers, 8, num_quantizers)
+        self.causal = model.config.use_causal_conv and model.config.trim_right_ratio == 1.0
 
     def _encode(self, wav: Tensor) -> Tensor:
         semantic = self.model.config.num_semantic_quantizers

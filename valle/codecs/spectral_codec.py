@@ -9,6 +9,7 @@ Sources: Vocos (arXiv 2306.00814) for the spectral head; SoundStream (arXiv 2107
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,13 @@ class SpectralCodec(Codec):
         )
         self.head = nn.Linear(config.decoder_dim, SUBFRAMES * 2 * self.num_bins)
         self.synthesis = InverseSpectrogram(config.n_fft, half_hop)
+
+    @property
+    def context_frames(self) -> int:
+        """Reach of the decoder's convolutions (the input's and one a block) and of the overlapping spectra."""
+        convolutions = (self.config.decoder_depth + 1) * (self.config.decoder_kernel // 2)
+        half_overlap = (self.config.n_fft - self.config.hop_length // SUBFRAMES) / 2  # samples
+        return convolutions + math.ceil(half_overlap / self.hop_length)
 
     def latents(self, wav: Tensor) -> Tensor:
         """(B, 1, N) -> (B, T, latent_dim), before quantization."""
