@@ -5,6 +5,7 @@ saved in the checkpoint, so that inference needs no architecture flag.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import types
 import typing
@@ -18,12 +19,28 @@ import yaml
 from valle.utils.errors import UserError
 
 
-def option(default: Any, help: str, choices: Sequence[Any] | None = None, path: bool = False) -> Any:
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[Any] | None = None,
+    path: bool = False,
+    metavar: str | tuple[str, ...] | None = None,
+    positional: bool = False,
+) -> Any:
     """A configuration field with its help text.
 
-    `choices` restricts it. A `path` in a recipe's own conf/*.yaml is relative to the recipe's folder.
+    A field of type `tuple[float, float]` is a flag that two values follow.
+
+    Args:
+        default: its value if nobody says anything.
+        help: one line.
+        choices: the only values that are taken.
+        path: in a recipe's own conf/*.yaml, relative to the recipe's folder.
+        metavar: what `--help` calls the value, or each of them (default: the type).
+        positional: for `tuple[str, ...]`: the words of the command line that no flag stands before.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "path": path})
+    metadata = {"help": help, "choices": choices, "path": path, "metavar": metavar, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -69,6 +86,13 @@ class DataConfig:
     prompt_ratio_range: str | None = option(
         None, "LOW,HIGH: draw the ratio anew for each row and epoch (validation keeps --prompt-ratio)"
     )
+    infill_prob: float = option(
+        0.0, "share of the training rows that fill a gap, given both sides of it (validation has none)"
+    )
+    drop_prompt_prob: float = option(
+        0.0, "share of the other training rows that see only the last frame of their prompt, "
+        "for classifier-free guidance"
+    )  # fmt: skip
 
 
 @dataclass
@@ -146,7 +170,7 @@ def parse(
         group = parser.add_argument_group((part.__doc__ or part.__name__).strip().splitlines()[0])
         for field in dataclasses.fields(part):
             _add_flag(group, field, hints[field.name])
-    given = vars(parser.parse_args(_dashes(argv)))
+    given = vars(parser.parse_intermixed_args(_dashes(argv)))
     values: dict[str, Any] = {}
     if defaults is not None:
         recipe = Path(defaults).resolve().parents[1]
@@ -154,7 +178,9 @@ def parse(
             values[name] = str(recipe / value) if fields[name].metadata.get("path") and value else value
     for path in given.pop("config"):
         values.update(_read_yaml(Path(path), fields, hints))
-    values.update({name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if value not in (None, []):
+            values[name] = tuple(value) if isinstance(value, list) else value
     for name, value in values.items():
         choices = fields[name].metadata.get("choices")
         if choices and value is not None and value not in choices:
@@ -198,29 +224,42 @@ def _dashes(argv: Sequence[str] | None) -> list[str] | None:
     return out
 
 
-def _plain_type(kind: Any) -> type:
-    """`int | None` -> int."""
+def _plain_type(kind: Any) -> tuple[type, int | str | None]:
+    """The type of one value, and how many there are, as argparse says it.
+
+    `int | None` -> (int, None); `tuple[float, float]` -> (float, 2); `tuple[str, ...]` -> (str, "*").
+    """
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(member for member in typing.get_args(kind) if member is not type(None))
-    return kind
+        kind = next(member for member in typing.get_args(kind) if member is not type(None))
+    if typing.get_origin(kind) is not tuple:
+        return kind, None
+    members = typing.get_args(kind)
+    return members[0], "*" if members[-1] is Ellipsis else len(members)
 
 
 def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
-    plain = _plain_type(kind)
+    plain, count = _plain_type(kind)
     shown = str(field.default).lower() if plain is bool else field.default
     text = field.metadata.get("help", "")
-    if field.default is not dataclasses.MISSING and field.default is not None:
+    if field.default not in (dataclasses.MISSING, None, ()):
         text = f"{text} (default: {shown})"
+    metavar = field.metadata.get("metavar") or ("true|false" if plain is bool else plain.__name__.upper())
+    settings = {
+        "type": parse_bool if plain is bool else plain,
+        "nargs": count,
+        "help": text.replace("%", "%%"),
+    }
+    if field.metadata.get("positional"):
+        group.add_argument(field.name, metavar=metavar, **settings)
+        return
+    choices = field.metadata.get("choices")
     group.add_argument(
         "--" + field.name.replace("_", "-"),
         dest=field.name,
-        type=parse_bool if plain is bool else plain,
-        choices=field.metadata.get("choices"),
+        choices=choices,
         default=None,
-        metavar="true|false"
-        if plain is bool
-        else (None if field.metadata.get("choices") else plain.__name__.upper()),
-        help=text.replace("%", "%%"),
+        metavar=None if choices else metavar,
+        **settings,
     )
 
 
@@ -240,21 +279,31 @@ def _read_yaml(path: Path, fields: dict[str, dataclasses.Field], hints: dict[str
             raise UserError(
                 f"configuration '{path}': unknown key '{key}'; known: {', '.join(sorted(fields))}"
             )
-        plain = _plain_type(hints[name])
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if plain is float and isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                pass
-        if (
-            value is not None
-            and not isinstance(value, plain)
-            or (isinstance(value, bool) and plain is not bool)
-        ):
+        plain, count = _plain_type(hints[name])
+        try:
+            values[name] = None if value is None else _yaml_value(value, plain, count)
+        except TypeError as error:
+            expected = plain.__name__ if count is None else f"a list of {count} {plain.__name__}"
             raise UserError(
-                f"configuration '{path}': {key} is {value!r} ({type(value).__name__}), expected {plain.__name__}"
-            )
-        values[name] = value
+                f"configuration '{path}': {key} is {value!r} ({type(value).__name__}), "
+                f"expected {expected.replace('* ', '')}"
+            ) from error
     return values
+
+
+def _yaml_value(value: Any, plain: type, count: int | str | None) -> Any:
+    """A value as its field holds it: YAML's lists as tuples, its whole numbers and text such as 1e-3 as floats.
+
+    Raises:
+        TypeError: it has another type, or another number of parts.
+    """
+    if count is not None:
+        if not isinstance(value, list) or count not in ("*", len(value)):
+            raise TypeError
+        return tuple(_yaml_value(part, plain, None) for part in value)
+    if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        raise TypeError
+    return value

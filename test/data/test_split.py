@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from valle.data.split import drawn_ratio, parse_ratio_range, prompt_length, split_prompt_target
+from valle.bin import trainer_audiolm
+from valle.config import DataConfig
+from valle.data.dataset import CutBatches, PromptTargetDataset, load_codes
+from valle.data.manifests import read_manifest
+from valle.data.split import (
+    RowSplit,
+    draw_split,
+    drawn_ratio,
+    parse_ratio_range,
+    prompt_length,
+    split_prompt_target,
+)
 from valle.utils.errors import UserError
 
 
@@ -14,6 +25,7 @@ def test_rows_are_split_each_at_its_own_place():
     split = split_prompt_target(codes, lens, frames)
     assert split.prompt.shape == (3, 5, 4) and split.target.shape == (3, 6, 4)
     assert split.prompt_lens.tolist() == [4, 5, 1] and split.target_lens.tolist() == [6, 1, 2]
+    assert torch.equal(split.prefix_lens, split.prompt_lens)
     for row in range(3):
         s, n = int(frames[row]), int(lens[row])
         assert torch.equal(split.prompt[row, :s], codes[row, :s]) and not split.prompt[row, s:].any()
@@ -33,6 +45,35 @@ def test_a_split_outside_the_recording_is_refused(frames):
         split_prompt_target(
             torch.zeros(2, 20, 4, dtype=torch.long), torch.tensor([20, 5]), torch.tensor([3, frames])
         )
+
+
+def test_a_prompt_may_stand_on_both_sides_or_begin_late():
+    """Rows: a gap in the middle, at the start and at the end (a continuation), and a prompt of one frame."""
+    torch.manual_seed(0)
+    codes, lens = 1 + torch.randint(100, (4, 10, 4)), torch.tensor([10, 6, 7, 9])
+    target_starts, target_lens = torch.tensor([3, 0, 2, 4]), torch.tensor([2, 4, 5, 5])
+    split = split_prompt_target(codes, lens, target_starts, target_lens, torch.tensor([0, 0, 0, 3]))
+    prompts = [[0, 1, 2, 5, 6, 7, 8, 9], [4, 5], [0, 1], [3]]
+    targets = [[3, 4], [0, 1, 2, 3], [2, 3, 4, 5, 6], [4, 5, 6, 7, 8]]
+    assert split.prompt.shape == (4, 8, 4) and split.target.shape == (4, 5, 4)
+    assert split.prefix_lens.tolist() == [3, 0, 2, 1]
+    assert split.prompt_lens.tolist() == [8, 2, 2, 1] and torch.equal(split.target_lens, target_lens)
+    for row in range(4):
+        for part, frames in ((split.prompt, prompts[row]), (split.target, targets[row])):
+            assert torch.equal(part[row, : len(frames)], codes[row, frames])
+            assert not part[row, len(frames) :].any()
+
+
+@pytest.mark.parametrize(
+    ("target_start", "target_len", "prompt_start"),
+    [(0, 5, 0), (2, 0, 0), (2, 4, 0), (2, 3, 2), (1, 2, 2), (2, 1, -1)],
+)
+def test_a_gap_outside_the_recording_is_refused(target_start, target_len, prompt_start):
+    with pytest.raises(ValueError, match="row 1: 5 frames"):
+        split_prompt_target(
+            torch.zeros(2, 20, 4, dtype=torch.long), torch.tensor([20, 5]), torch.tensor([3, target_start]),
+            torch.tensor([3, target_len]), torch.tensor([0, prompt_start]),
+        )  # fmt: skip
 
 
 def test_clips_of_every_length_get_the_same_share():
@@ -57,3 +98,108 @@ def test_ranges_are_checked():
     for text in ("0.6,0.2", "0,0.5", "0.5,1", "half", "0.1,0.2,0.3"):
         with pytest.raises(UserError, match="prompt-ratio-range"):
             parse_ratio_range(text)
+
+
+def draw(frames, infill=0.0, drop=0.0, ratio=0.4, cut="a", epoch=0, seed=1):
+    return draw_split(frames, ratio, infill, drop, cut, epoch, seed)
+
+
+def test_without_shares_every_row_continues_its_prompt():
+    for epoch in range(20):
+        assert draw(10, epoch=epoch) == RowSplit(0, 4, 6)
+        assert draw(10, drop=1.0, epoch=epoch) == RowSplit(3, 4, 6), "the prompt's last frame is left"
+        assert draw(2, infill=1.0, epoch=epoch) == RowSplit(0, 1, 1), "2 frames have no middle"
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.4, 0.9])
+def test_gaps_are_as_long_as_continuations_and_anywhere_inside(ratio):
+    places = [draw(10, infill=1.0, drop=1.0, ratio=ratio, cut=f"cut-{i}") for i in range(3000)]
+    length = min(10 - prompt_length(10, ratio), 8)
+    assert {(place.prompt_start, place.target_len) for place in places} == {(0, length)}
+    counts = torch.tensor([place.target_start for place in places]).bincount(minlength=10)
+    possible = torch.arange(10)[1 : 10 - length]
+    assert counts[possible].sum() == 3000, "a frame or more on either side"
+    # 3000 draws: the expected count, give or take five standard deviations.
+    share = 1 / len(possible)
+    assert ((counts[possible] - 3000 * share).abs() <= 5 * (3000 * share * (1 - share)) ** 0.5).all()
+
+
+def test_shares_are_kept_and_do_not_depend_on_one_another():
+    """A quarter is filled in, half of the rest has no prompt; nothing but cut, epoch and seed decides."""
+    keys = [(f"cut-{i}", epoch) for i in range(1000) for epoch in range(4)]
+    rows = [draw(50, 0.25, 0.5, cut=cut, epoch=epoch) for cut, epoch in keys]
+    infilled = [row.target_start + row.target_len < 50 for row in rows]
+    dropped = [row.prompt_start > 0 for row in rows]
+    assert abs(sum(infilled) - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5
+    assert abs(sum(dropped) - 1500) < 5 * (4000 * 0.375 * 0.625) ** 0.5
+    # Another draw than the ratio's: filled gaps would else be of one length.
+    ratios = torch.tensor([drawn_ratio(0.0, 1.0, cut, epoch, 1) for cut, epoch in keys])
+    assert abs(float(ratios[torch.tensor(infilled)].mean()) - 0.5) < 0.05
+    assert rows == [draw(50, 0.25, 0.5, cut=cut, epoch=epoch) for cut, epoch in keys]
+    assert rows != [draw(50, 0.25, 0.5, cut=cut, epoch=epoch, seed=2) for cut, epoch in keys]
+    fewer = [draw(50, 0.25, 0.0, cut=cut, epoch=epoch) for cut, epoch in keys]
+    assert [row for row, no in zip(rows, dropped, strict=True) if not no] == [
+        row for row, no in zip(fewer, dropped, strict=True) if not no
+    ]
+
+
+def make_source(folder, draw=True, **options):
+    data = DataConfig(**{"max_duration": 8, "num_buckets": 2, "prompt_ratio_range": "0.2,0.6", **options})
+    dataset = PromptTargetDataset(data, 4, 30, 7, draw)
+    return CutBatches(folder / "cuts_train.jsonl.gz", data, dataset, 7, training=True)
+
+
+def rows_of(batches):
+    """By cut: prompt, target and prefix."""
+    return {
+        cut: (
+            batch["x"][row, : batch["x_lens"][row]].tolist(),
+            batch["y"][row, : batch["y_lens"][row]].tolist(),
+            int(batch["prefix_lens"][row]),
+        )
+        for batch in batches
+        for row, cut in enumerate(batch["ids"])
+    }
+
+
+def test_batches_of_gaps_dropped_prompts_and_continuations(tokenized):
+    shares = dict(infill_prob=0.5, drop_prompt_prob=0.5)
+    codes = {cut.id: load_codes(cut).tolist() for cut in read_manifest(tokenized / "cuts_train.jsonl.gz")}
+    plain = rows_of(make_source(tokenized).epoch(3))
+    rows = rows_of(make_source(tokenized, **shares).epoch(3))
+    kinds = {"infilled": 0, "dropped": 0, "plain": 0}
+    for cut, (prompt, target, prefix) in rows.items():
+        whole = plain[cut]
+        assert whole[0] + whole[1] == codes[cut] and whole[2] == len(whole[0])
+        if prefix < len(prompt):
+            kinds["infilled"] += 1
+            assert prompt[:prefix] + target + prompt[prefix:] == codes[cut]
+            assert len(target) == len(whole[1]), "as long as the continuation would be"
+        elif len(prompt) < len(whole[0]):
+            kinds["dropped"] += 1
+            assert (prompt, target, prefix) == (whole[0][-1:], whole[1], 1)
+        else:
+            kinds["plain"] += 1
+            assert (prompt, target, prefix) == whole
+    assert all(count >= 2 for count in kinds.values()), kinds
+    # The same whatever the batch, and after a resumed training skipped the first batches.
+    assert rows == rows_of(
+        make_source(tokenized, max_duration=1000, bucketing_sampler=False, **shares).epoch(3)
+    )
+    rest = rows_of(make_source(tokenized, **shares).epoch(3, skip=2))
+    assert 0 < len(rest) < len(rows) and all(rows[cut] == row for cut, row in rest.items())
+    assert rows != rows_of(make_source(tokenized, **shares).epoch(4))
+    # Validation continues prompts of the fixed ratio.
+    fixed = make_source(tokenized, draw=False, infill_prob=1.0, drop_prompt_prob=1.0).epoch(3)
+    for cut, (prompt, target, prefix) in rows_of(fixed).items():
+        assert prefix == len(prompt) == prompt_length(len(codes[cut]), 0.4) and prompt + target == codes[cut]
+
+
+@pytest.mark.parametrize("flag", ["infill_prob", "drop_prompt_prob"])
+def test_shares_are_checked_and_are_flags_of_the_trainer(flag, capsys):
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is"):
+            PromptTargetDataset(DataConfig(**{flag: share}), 4, 30, 7, draw=False)
+    with pytest.raises(SystemExit):
+        trainer_audiolm.main(["--help"])
+    assert f"--{flag.replace('_', '-')}" in capsys.readouterr().out

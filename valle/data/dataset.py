@@ -1,6 +1,7 @@
 """From cuts to batches: codes read and checked, split into prompt and target, padded.
 
-A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_lens (B,) the targets, ids (B strings).
+A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_lens (B,) the targets, prefix_lens (B,)
+the frames of each prompt that stand before its target (fewer than x_lens where a gap is filled), ids (B strings).
 """
 
 import json
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from valle.config import DataConfig
 from valle.data.manifests import read_manifest
-from valle.data.split import drawn_ratio, parse_ratio_range, prompt_length, split_prompt_target
+from valle.data.split import draw_split, drawn_ratio, parse_ratio_range, split_prompt_target
 from valle.utils import distributed
 from valle.utils.errors import UserError
 
@@ -108,10 +109,10 @@ class PromptTargetDataset(Dataset):
     """Turns a list of cuts into a batch.
 
     Args:
-        config: prompt ratio and its range.
+        config: prompt ratio and its range, shares of rows to fill in and of dropped prompts.
         num_quantizers, codebook_size: what codes must be.
-        seed: of the drawn ratios.
-        draw: whether ratios are drawn (training), or fixed (validation).
+        seed: of what is drawn.
+        draw: whether rows are drawn (training), or all continue a prompt of the fixed ratio (validation).
     """
 
     def __init__(
@@ -121,11 +122,18 @@ class PromptTargetDataset(Dataset):
         self.ratio = config.prompt_ratio
         if not 0 < self.ratio < 1:
             raise UserError(f"--prompt-ratio is {self.ratio}, expected more than 0 and less than 1")
+        for name in ("infill_prob", "drop_prompt_prob"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(config, name)}, expected a share from 0 to 1"
+                )
         self.range = parse_ratio_range(config.prompt_ratio_range) if draw else None
+        self.infill_prob = config.infill_prob if draw else 0.0
+        self.drop_prompt_prob = config.drop_prompt_prob if draw else 0.0
         self.current_epoch = 0
 
     def __getitem__(self, cuts: CutSet) -> dict[str, Any]:
-        rows, prompt_lens, ids = [], [], []
+        rows, places, ids = [], [], []
         for cut in cuts:
             codes = load_codes(cut, self.num_quantizers, self.codebook_size)
             ratio = self.ratio
@@ -134,16 +142,23 @@ class PromptTargetDataset(Dataset):
             if len(codes) < 2:
                 raise UserError(f"cut '{cut.id}': 1 frame cannot be split; raise --filter-min-duration")
             rows.append(torch.from_numpy(codes))
-            prompt_lens.append(prompt_length(len(codes), ratio))
+            places.append(
+                draw_split(
+                    len(codes), ratio, self.infill_prob, self.drop_prompt_prob,
+                    cut.id, self.current_epoch, self.seed,
+                )
+            )  # fmt: skip
             ids.append(cut.id)
         lens = torch.tensor([len(row) for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        split = split_prompt_target(padded, lens, torch.tensor(prompt_lens))
+        prompt_starts, target_starts, target_lens = torch.tensor(places).unbind(1)
+        split = split_prompt_target(padded, lens, target_starts, target_lens, prompt_starts)
         return {
             "x": split.prompt,
             "x_lens": split.prompt_lens,
             "y": split.target,
             "y_lens": split.target_lens,
+            "prefix_lens": split.prefix_lens,
             "ids": ids,
         }
 

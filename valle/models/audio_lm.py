@@ -12,16 +12,17 @@ Shapes: B batch, S prompt frames, T target frames, Q quantizers, V codebook size
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valle.generation.decoding import Decoded, decode
+from valle.codecs import Codec
+from valle.generation.chunks import Chunks, default_chunks
 from valle.generation.sampling import Sampling, make_streams
-from valle.modules.cache import KVCache
+from valle.models.generating import Generation, Generator, Stream
+from valle.modules.cache import Cache
 from valle.modules.embeddings import sum_embeddings
 from valle.modules.masks import lengths_to_mask, prefix_causal_mask
 from valle.modules.transformer import Transformer
@@ -52,23 +53,6 @@ class StageLoss(NamedTuple):
     loss: Tensor
     num_targets: int
     metrics: Metrics
-
-
-@dataclass
-class Generation:
-    """What `generate` returns, one entry a row.
-
-    Attributes:
-        codes: (S_i + new_i, Q) int64 each: prompt and continuation.
-        prompt_lens: S_i.
-        finish_reasons: "length" or "eos".
-        log_probs: (new_i,) each: log-probability of quantizer 0's codes under the model.
-    """
-
-    codes: list[Tensor]
-    prompt_lens: list[int]
-    finish_reasons: list[str]
-    log_probs: list[Tensor]
 
 
 class AudioLM(nn.Module):
@@ -179,9 +163,19 @@ class AudioLM(nn.Module):
     # ------------------------------------------------------------------ logits
 
     def ar_logits(
-        self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor | None = None,
+        cache: Cache | None = None,
+        prefix_lens: Tensor | None = None,
+        gap_lens: Tensor | None = None,
     ) -> Tensor:
         """Logits of quantizer 0 for each target frame, given the prompt and the frames before it.
+
+        In-filling (order prefix, suffix, middle of arXiv 2207.14255, section 3): the first `prefix_lens` frames of a
+        row's prompt stand before its target, the others behind it. All frames keep their place in time.
 
         Args:
             x: (B, S, Q) prompt codes. With a cache that already holds the prompt, ignored.
@@ -189,18 +183,23 @@ class AudioLM(nn.Module):
             y: (B, T) target codes of quantizer 0; T may be 0. With a filled cache, the new frames only.
             y_lens: (B,) target frames, only needed where the padding of `y` is not a code.
             cache: where keys and values are kept, from `new_cache`; rows are then right-aligned.
+            prefix_lens: (B,) prompt frames before the target, 0 … x_lens (default: all). Not read with a filled cache.
+            gap_lens: (B,) frames that the whole target will have; needed with `prefix_lens`.
 
         Returns:
             (B, T + 1, V + 1): for target frame 0 … T, the last one what follows y; index V is the end. With a
             filled cache (B, T, V + 1): what follows each new frame.
+
+        Raises:
+            ValueError: `prefix_lens` without `gap_lens`.
         """
         if y_lens is not None:
             y = y.masked_fill(~lengths_to_mask(y_lens, y.shape[1]), 0)
         if cache is not None and cache.length > 0:
             columns = cache.length + torch.arange(y.shape[1], device=y.device)
-            positions = columns - cache.starts[:, None]
+            positions = columns - (cache.starts + cache.position_shift)[:, None]
             mask = None
-            if cache.ragged or y.shape[1] > 1:
+            if not cache.masks and (cache.ragged or y.shape[1] > 1):
                 keys = torch.arange(cache.length + y.shape[1], device=y.device)
                 mask = prefix_causal_mask(cache.starts, cache.prompt_lens, columns, keys)
             hidden = self.ar_decoder(self._ar_embed(y), positions, mask, cache)
@@ -223,14 +222,28 @@ class AudioLM(nn.Module):
             cache.starts, cache.prompt_lens = starts, prompt_lens
             cache.ragged = bool((starts > 0).any())
         positions = (columns - starts[:, None]).clamp(min=0)
-        hidden = self.ar_decoder(sequence, positions, mask, cache)
         # The frame behind the prompt is predicted at the prompt's last position.
         last = (starts + prompt_lens - 1)[:, None] + torch.arange(y.shape[1] + 1, device=x.device)
+        if prefix_lens is not None:
+            if gap_lens is None:
+                raise ValueError("prefix_lens needs gap_lens: the frames between prefix and suffix")
+            positions = _infill_positions(positions, x_lens, prefix_lens, gap_lens + int(self.prepend_bos))
+            if cache is not None:
+                cache.position_shift = x_lens - prefix_lens
+            if not self.prepend_bos:  # the frame before the gap, if there is one, is the prefix's last
+                last[:, 0] = torch.where(prefix_lens > 0, starts + prefix_lens - 1, last[:, 0])
+        hidden = self.ar_decoder(sequence, positions, mask, cache)
         hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.ar_predict_layer(hidden)
 
     def nar_logits(
-        self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int | Tensor
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor,
+        quantizer: int | Tensor,
+        prefix_lens: Tensor | None = None,
     ) -> Tensor:
         """Logits of one quantizer for all target frames, given the prompt and the target's lower quantizers.
 
@@ -240,6 +253,7 @@ class AudioLM(nn.Module):
             y: (B, T, Q' ≤ Q) target codes; only quantizers below `quantizer` are read.
             y_lens: (B,).
             quantizer: 1 … Q-1, or one a row, (B,).
+            prefix_lens: (B,) prompt frames before the target; the others stand behind it (default: all before).
 
         Returns:
             (B, T, V).
@@ -262,6 +276,8 @@ class AudioLM(nn.Module):
         stages = torch.cat(list(self.nar_stage_embeddings.parameters()))
         condition = stages[quantizer - 1][:, None]  # (B, 1, D)
         positions = torch.arange(sequence.shape[1], device=x.device)
+        if prefix_lens is not None:
+            positions = _infill_positions(positions, x_lens, prefix_lens, y_lens)
         hidden = self.nar_decoder(sequence, positions, mask, condition=condition)
         columns = x_lens[:, None] + torch.arange(y.shape[1], device=x.device)
         hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -287,6 +303,7 @@ class AudioLM(nn.Module):
         y_lens: Tensor,
         reduction: str = "sum",
         train_stage: int = 0,
+        prefix_lens: Tensor | None = None,
     ) -> AudioLMOutput:
         """Loss of a batch.
 
@@ -300,28 +317,38 @@ class AudioLM(nn.Module):
             y_lens: (B,).
             reduction: "sum", "mean" over targets, or "none" for one sum a row, (B,).
             train_stage: 0 both decoders, 1 AR only, 2 NAR only.
+            prefix_lens: (B,) frames of each prompt that stand before its target; the others stand behind it, and the
+                row has no end to learn, as its length is given (default: all before).
+
+        Raises:
+            UserError: codes of the wrong shape or range, lengths that do not fit.
         """
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'sum', 'mean' or 'none'")
         x, x_lens = self._check_codes(x, x_lens, "prompt x")
         y, y_lens = self._check_codes(y, y_lens, "target y")
+        ends = torch.ones_like(y_lens)  # whether a row ends by itself
+        if prefix_lens is not None:
+            prefix_lens = _check_prefix_lens(prefix_lens, x_lens)
+            ends = (prefix_lens == x_lens).long()
         valid = lengths_to_mask(y_lens, y.shape[1])
         rows = torch.zeros(x.shape[0], device=x.device)
         predictions: dict[str, Tensor] = {}
         metrics: Metrics = {}
         count = 0
         if train_stage in (0, 1):
-            logits = self.ar_logits(x, x_lens, y[..., 0], y_lens)
+            logits = self.ar_logits(x, x_lens, y[..., 0], y_lens, prefix_lens=prefix_lens, gap_lens=y_lens)
             # The end follows the last frame; what is behind it is no target.
             targets = F.pad(y[..., 0].masked_fill(~valid, 0), (0, 1))
             targets.scatter_(1, y_lens[:, None], self.eos)
-            row_losses, number = _cross_entropy(logits, targets, lengths_to_mask(y_lens + 1, y.shape[1] + 1))
+            trained = lengths_to_mask(y_lens + ends, y.shape[1] + 1)
+            row_losses, number = _cross_entropy(logits, targets, trained)
             metrics["ArLoss"] = (float(row_losses.detach().sum()), number)
             metrics["ArTop10Accuracy"] = (_top_correct(logits[:, :-1], y[..., 0], valid), int(y_lens.sum()))
             predictions["ar"], rows, count = logits, rows + row_losses, count + number
         if train_stage in (0, 2) and self.num_quantizers > 1:
             for quantizer in self._nar_quantizers(x.shape[0], x.device):
-                logits = self.nar_logits(x, x_lens, y, y_lens, quantizer)
+                logits = self.nar_logits(x, x_lens, y, y_lens, quantizer, prefix_lens)
                 index = quantizer.view(-1, 1, 1).expand(-1, y.shape[1], 1)
                 targets = y.gather(2, index)[..., 0]
                 row_losses, number = _cross_entropy(logits, targets, valid)
@@ -351,8 +378,10 @@ class AudioLM(nn.Module):
             yield torch.full((batch,), quantizer, device=device)
 
     def compute_loss(self, batch: dict[str, Any], stage: int) -> StageLoss:
-        """For the engine: batch with x, x_lens, y, y_lens."""
-        _, loss, metrics = self(batch["x"], batch["x_lens"], batch["y"], batch["y_lens"], "sum", stage)
+        """For the engine: batch with x, x_lens, y, y_lens and, where gaps are filled, prefix_lens."""
+        _, loss, metrics = self(
+            batch["x"], batch["x_lens"], batch["y"], batch["y_lens"], "sum", stage, batch.get("prefix_lens")
+        )
         count = sum(metrics[name][1] for name in ("ArLoss", "NarLoss") if name in metrics)
         return StageLoss(loss, count, metrics)
 
@@ -374,6 +403,7 @@ class AudioLM(nn.Module):
         top_p: float = 1.0,
         seed: int | None = None,
         stop_at_eos: bool = False,
+        dtype: str = "fp32",
     ) -> Tensor:
         """Prompt and continuation as one tensor.
 
@@ -381,14 +411,22 @@ class AudioLM(nn.Module):
             x: (B, S, Q) prompt codes; (S, Q) is taken as one row.
             x_lens: (B,) frames of each prompt (default: S each).
             max_new_tokens: frames to add, exactly so many unless `stop_at_eos`.
-            temperature, top_k, top_p, seed: see `generate`.
+            temperature, top_k, top_p, seed, dtype: see `generate`.
             stop_at_eos: let rows end where the model draws the end.
 
         Returns:
             (B, S + new, Q) int64. Row i is its x_lens[i] prompt frames, directly its continuation, then zeros.
         """
         result = self.generate(
-            x, x_lens, max_new_tokens, temperature, top_k, top_p, seed, 0 if stop_at_eos else max_new_tokens
+            x,
+            x_lens,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            0 if stop_at_eos else max_new_tokens,
+            dtype,
         )
         longest = max(len(codes) for codes in result.codes)
         if not stop_at_eos:
@@ -406,6 +444,13 @@ class AudioLM(nn.Module):
         top_p: float = 1.0,
         seed: int | None = None,
         min_new_tokens: int = 0,
+        dtype: str = "fp32",
+        *,
+        sampling: Sampling | None = None,
+        guidance_scale: float = 1.0,
+        num_samples: int = 1,
+        window: int | None = None,
+        chunks: Chunks | None = None,
         on_frame: Callable[[int], object] | None = None,
     ) -> Generation:
         """Continue each prompt; rows do not influence each other.
@@ -419,65 +464,135 @@ class AudioLM(nn.Module):
             top_p: probability mass to draw from.
             seed: of each row's own draw; the same seed gives the same result in any batch.
             min_new_tokens: frames before which no row ends.
+            dtype: number format of the weights: "fp32", "bf16" or "int8" (docs/generation.md has speed and quality).
+            sampling: all settings of the draw, in the place of temperature, top_k and top_p.
+            guidance_scale: classifier-free guidance, for models trained with --drop-prompt-prob; 1 for none.
+            num_samples: continuations of each prompt, ranked by their mean log-probability.
+            window: frames that the model sees at most; a longer continuation goes on from its own last part.
+            chunks: refine piece by piece, as `stream` does (default: the whole at once, which sees what follows).
             on_frame: called with the number of frames done.
 
         Raises:
-            UserError: codes of the wrong shape or range.
+            UserError: codes of the wrong shape or range, or settings that cannot be.
         """
+        x, x_lens = self._prompts(x, x_lens)
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, expected 1 or more")
+        streams = make_streams(x.shape[0], seed, num_samples)
+        prompts = [x[i, :n] for i, n in enumerate(x_lens.tolist()) for _ in range(num_samples)]
+        generator = Generator(
+            self, dtype, sampling or Sampling(temperature, top_k, top_p), guidance_scale, on_frame
+        )
+        result = generator.run(prompts, streams, max_new_tokens, min_new_tokens, window, chunks)
+        return result if num_samples == 1 else result.ranked(num_samples)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        x: Tensor,
+        start: int,
+        end: int,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        dtype: str = "fp32",
+        *,
+        sampling: Sampling | None = None,
+        num_samples: int = 1,
+        on_frame: Callable[[int], object] | None = None,
+    ) -> Generation:
+        """Generate frames start … end - 1 of a recording anew, given what is before and behind them.
+
+        For models trained with --infill-prob.
+
+        Args:
+            x: (T, Q) codes of the recording, or (B, T, Q) of several; what stands in the gap is not read.
+            start, end: the gap, 0 ≤ start < end ≤ T, with something left outside.
+            temperature, top_k, top_p, seed, dtype, sampling, num_samples, on_frame: see `generate`.
+
+        Returns:
+            codes (T, Q) each, prompt_lens T - (end - start).
+
+        Raises:
+            UserError: a gap that does not lie in the recording, or codes of the wrong shape or range.
+        """
+        x, x_lens = self._prompts(x, None)
+        total = x.shape[1]
+        if not 0 <= start < end <= total or end - start == total:
+            raise UserError(
+                f"gap {start} to {end} in {total} frames: expected 0 <= start < end <= {total}, not all"
+            )
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, expected 1 or more")
+        streams = make_streams(x.shape[0], seed, num_samples)
+        x = x.repeat_interleave(num_samples, 0)
+        known = torch.cat([x[:, :start], x[:, end:]], 1)
+        lens, prefix_lens = (torch.full((x.shape[0],), n, device=x.device) for n in (known.shape[1], start))
+        generator = Generator(self, dtype, sampling or Sampling(temperature, top_k, top_p), on_frame=on_frame)
+        # The length is given: no row ends before.
+        leg = generator.leg(known, lens, streams, end - start, end - start, prefix_lens)
+        result = Generation(
+            [torch.cat([row[:start], middle, row[end:]]) for row, middle in zip(x, leg.targets, strict=True)],
+            lens.tolist(), leg.finish_reasons, leg.log_probs, generator.timings, generator.frame_seconds,
+        )  # fmt: skip
+        return result if num_samples == 1 else result.ranked(num_samples)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        x: Tensor,
+        codec: Codec,
+        max_new_tokens: int = 500,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        min_new_tokens: int = 0,
+        dtype: str = "fp32",
+        *,
+        sampling: Sampling | None = None,
+        guidance_scale: float = 1.0,
+        window: int | None = None,
+        chunks: Chunks | None = None,
+        on_frame: Callable[[int], object] | None = None,
+    ) -> Stream:
+        """Continue one prompt as audio that can be played while it is generated.
+
+            for wav in model.stream(codes, codec):  # (C, n) at codec.sample_rate
+                play(wav)
+
+        Args:
+            x: (S, Q) or (1, S, Q) prompt codes.
+            codec: turns codes into audio.
+            chunks: how often audio comes, and what the NAR decoder sees (default: every half second).
+            max_new_tokens, temperature, top_k, top_p, seed, min_new_tokens, dtype, sampling, guidance_scale, window,
+                on_frame: see `generate`, which gives the same codes with the same `chunks`.
+
+        Returns:
+            to be iterated over once; `generation` holds the result afterwards.
+
+        Raises:
+            UserError: more than one prompt, codes of the wrong shape or range, or settings that cannot be.
+        """
+        x, x_lens = self._prompts(x, None)
+        if x.shape[0] != 1:
+            raise UserError(f"{x.shape[0]} prompts, expected 1: a stream is one continuation")
+        generator = Generator(
+            self, dtype, sampling or Sampling(temperature, top_k, top_p), guidance_scale, on_frame
+        )
+        return Stream(
+            generator, codec, x[0], make_streams(1, seed)[0], max_new_tokens, min_new_tokens, window,
+            chunks or default_chunks(codec.frame_rate),
+        )  # fmt: skip
+
+    def _prompts(self, x: Tensor, x_lens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Checked prompts (B, S, Q) and (B,) on the model's device; (S, Q) is taken as one row."""
         if x.dim() == 2:
             x = x[None]
         if x_lens is None:
             x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() == 3 else 0)
-        x, x_lens = self._check_codes(x.to(self.device), x_lens.to(self.device), "prompt x")
-        was_training = self.training
-        self.eval()
-        try:
-            sampling = Sampling(temperature, top_k, top_p)
-            first = self._decode_ar(x, x_lens, sampling, seed, max_new_tokens, min_new_tokens, on_frame)
-            target = self._decode_nar(x, x_lens, first)
-        finally:
-            self.train(was_training)
-        prompt_lens, new_lens = x_lens.tolist(), first.lens.tolist()
-        return Generation(
-            [
-                torch.cat([x[i, :s], target[i, :n]])
-                for i, (s, n) in enumerate(zip(prompt_lens, new_lens, strict=True))
-            ],
-            prompt_lens,
-            first.finish_reasons,
-            [first.log_probs[i, :n] for i, n in enumerate(new_lens)],
-        )
-
-    def _decode_ar(
-        self,
-        x: Tensor,
-        x_lens: Tensor,
-        sampling: Sampling,
-        seed: int | None,
-        max_new_tokens: int,
-        min_new_tokens: int,
-        on_frame: Callable[[int], object] | None,
-    ) -> Decoded:
-        cache = self.ar_decoder.new_cache(
-            x.shape[0], x.shape[1] + int(self.prepend_bos) + max(1, max_new_tokens)
-        )
-        logits = self.ar_logits(x, x_lens, x.new_zeros(x.shape[0], 0), cache=cache)[:, -1]
-        return decode(
-            logits,
-            lambda drawn: self.ar_logits(x, x_lens, drawn[:, None], cache=cache)[:, -1],
-            self.eos, sampling, make_streams(x.shape[0], seed), max_new_tokens, min_new_tokens, on_frame,
-        )  # fmt: skip
-
-    def _decode_nar(self, x: Tensor, x_lens: Tensor, first: Decoded) -> Tensor:
-        """Quantizers 1 … Q-1 of the continuation, the likeliest each: (B, N, Q)."""
-        target = first.tokens[..., None]
-        for quantizer in range(1, self.num_quantizers):
-            if target.shape[1] > 0:
-                codes = self.nar_logits(x, x_lens, target, first.lens, quantizer).argmax(-1, keepdim=True)
-            else:
-                codes = target[..., :1]
-            target = torch.cat([target, codes], -1)
-        return target
+        return self._check_codes(x.to(self.device), x_lens.to(self.device), "prompt x")
 
     @property
     def device(self) -> torch.device:
@@ -541,6 +656,35 @@ def _join(prompt: Tensor, prompt_lens: Tensor, target: Tensor, starts: Tensor) -
     gap = prompt.shape[1] - prompt_lens[:, None]
     source = torch.where(columns < prompt_lens[:, None], columns, columns + gap).clamp(0, both.shape[1] - 1)
     return both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
+
+
+def _infill_positions(columns: Tensor, prompt_lens: Tensor, prefix_lens: Tensor, gap_lens: Tensor) -> Tensor:
+    """The true time of each column of rows [prefix, suffix, middle]: the middle stands between the other two.
+
+    Args:
+        columns: (B, T) or (T,), counted from each row's start.
+        prompt_lens: (B,) frames of prefix and suffix.
+        prefix_lens: (B,).
+        gap_lens: (B,) positions between prefix and suffix.
+
+    Returns:
+        (B, T). Where the suffix is empty, the columns themselves.
+    """
+    prefix, prompt = prefix_lens[:, None], prompt_lens[:, None]
+    times = torch.where(columns < prompt, columns + gap_lens[:, None], columns - (prompt - prefix))
+    return torch.where(columns < prefix, columns, times)
+
+
+def _check_prefix_lens(prefix_lens: Tensor, x_lens: Tensor) -> Tensor:
+    """As int64; a clear error where a prefix is longer than its prompt."""
+    prefix_lens = prefix_lens.long()
+    fits = prefix_lens.shape == x_lens.shape and bool(((prefix_lens >= 0) & (prefix_lens <= x_lens)).all())
+    if not fits:
+        raise UserError(
+            f"prefix_lens: {prefix_lens.tolist()[:8]}, expected {len(x_lens)} numbers, each from 0 to its prompt's "
+            f"{x_lens.tolist()[:8]} frames"
+        )
+    return prefix_lens
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, int]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valle.modules.cache import KVCache, LayerCache
+from valle.modules.bags import BagCache, BagLayer
+from valle.modules.cache import Cache, KVCache, LayerCache
 from valle.modules.embeddings import RotaryPositions, SinePositions, rotate
 
 Rotation = tuple[Tensor, Tensor]
@@ -29,12 +30,17 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
+        self.scale = (dim // nhead) ** -0.5
+        self.project_in: nn.Module | None = None  # set in packed copies, in the place of in_proj_*
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, rotation: Rotation | None, cache: LayerCache | None
+        self, x: Tensor, mask: Tensor | None, rotation: Rotation | None, cache: LayerCache | BagLayer | None
     ) -> Tensor:
         batch, time, dim = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if self.project_in is not None:
+            qkv = self.project_in(x)
+        else:
+            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.view(batch, time, 3, self.nhead, dim // self.nhead).permute(
             2, 0, 3, 1, 4
         )  # (3, B, H, T, d)
@@ -44,7 +50,9 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=self.scale
+        )
         return self.out_proj(out.transpose(1, 2).reshape(batch, time, dim))
 
 
@@ -79,7 +87,7 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
-        self.activation = ACTIVATIONS[activation]
+        self.activation_name, self.activation = activation, ACTIVATIONS[activation]
         self.self_attn = SelfAttention(dim, nhead, dropout)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
@@ -92,7 +100,7 @@ class TransformerLayer(nn.Module):
         x: Tensor,
         mask: Tensor | None,
         rotation: Rotation | None,
-        cache: LayerCache | None,
+        cache: LayerCache | BagLayer | None,
         condition: Tensor | None,
     ) -> Tensor:
         if self.norm_first:
@@ -131,7 +139,10 @@ class Transformer(nn.Module):
         super().__init__()
         if dim % nhead or (position == "rope" and dim // nhead % 2):
             raise ValueError(f"width {dim} must be a multiple of nhead {nhead}, with an even width per head")
-        self.nhead, self.head_dim = nhead, dim // nhead
+        self.nhead, self.head_dim, self.adaptive = nhead, dim // nhead, adaptive
+        # Set in packed copies (valle/modules/packing.py): their number format, and what computes a single frame.
+        self.packed_dtype: str | None = None
+        self.stepper: Callable[[Tensor, Rotation | None, BagCache], Tensor]
         self.rotary = RotaryPositions(self.head_dim) if position == "rope" else None
         self.sine = SinePositions(dim) if position == "sine" else None
         self.dropout = nn.Dropout(dropout)
@@ -141,22 +152,27 @@ class Transformer(nn.Module):
         )
         self.norm = (AdaptiveLayerNorm if adaptive else PlainLayerNorm)(dim) if norm_first else None
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `capacity` columns."""
-        like = self.layers[0].self_attn.in_proj_weight
-        return KVCache(len(self.layers), batch, self.nhead, capacity, self.head_dim, like)
+        sizes = (len(self.layers), batch, self.nhead, capacity, self.head_dim)
+        like = next(self.parameters())
+        if self.packed_dtype is None or like.device.type != "cpu":
+            return KVCache(*sizes, like)
+        return BagCache(*sizes, torch.float32 if self.packed_dtype == "fp32" else torch.float16)
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) at `positions` (B, T) or (T,) -> (B, T, D); with a cache, T new frames behind those it holds."""
         if self.sine is not None:
             x = self.sine(x, positions)
+        if isinstance(cache, BagCache) and cache.length > 0:
+            return self.stepper(x, self.rotary(positions) if self.rotary is not None else None, cache)
         rotation = self.rotary(positions) if self.rotary is not None else None
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):

@@ -1,0 +1,457 @@
+"""Generation with an AudioLM: AR frame by frame, NAR over what the AR gave, whole or in chunks.
+
+    prompt (S, Q) ──► ArSession: prefill, then one step a frame ──► FrameLoop draws quantizer 0
+                  ──► refine: quantizers 1 … Q-1
+                  ──► Generation, or audio piece by piece (Stream)
+
+Everything here works on a packed copy of the model (valle/modules/packing.py) and its `ar_logits` and `nar_logits`.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from valle.codecs import Codec
+from valle.codecs.streaming import StreamDecoder
+from valle.generation.chunks import Chunks, default_chunks
+from valle.generation.decoding import FrameLoop, GuidedSession
+from valle.generation.sampling import Sampling
+from valle.modules.packing import packed
+from valle.utils.errors import UserError
+from valle.utils.threads import ThreadTuner
+
+if TYPE_CHECKING:
+    from valle.models.audio_lm import AudioLM
+
+WINDOW_PROMPT = 0.4  # part of a window that is prompt, when a continuation is longer than the window
+
+
+@dataclass
+class Generation:
+    """What `AudioLM.generate` returns, one entry a row.
+
+    With several samples a prompt, the rows of prompt i are i · n … i · n + n - 1, the best first: the one whose codes
+    have the highest mean log-probability.
+
+    Attributes:
+        codes: (S_i + new_i, Q) int64 each: prompt and continuation; in-filled: everything in its place.
+        prompt_lens: S_i.
+        finish_reasons: "length", "eos" or "repetition".
+        log_probs: (new_i,) each: log-probability of quantizer 0's codes under the model.
+        timings: seconds spent in "pack" (laying out weights, once a model), "prefill", "ar" and "nar".
+        frame_seconds: seconds of each AR step, for all rows together.
+    """
+
+    codes: list[Tensor]
+    prompt_lens: list[int]
+    finish_reasons: list[str]
+    log_probs: list[Tensor]
+    timings: dict[str, float] = field(default_factory=dict)
+    frame_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def scores(self) -> list[float]:
+        """Mean log-probability of each row's codes, in nats; 0 for a row without any."""
+        return [float(row.mean()) if len(row) else 0.0 for row in self.log_probs]
+
+    def ranked(self, num_samples: int) -> "Generation":
+        """The same, with each prompt's rows in the order of their scores."""
+        scores, groups = self.scores, range(0, len(self.codes), num_samples)
+        order = [
+            row
+            for first in groups
+            for row in sorted(range(first, first + num_samples), key=scores.__getitem__, reverse=True)
+        ]
+        return Generation(
+            [self.codes[row] for row in order],
+            [self.prompt_lens[row] for row in order],
+            [self.finish_reasons[row] for row in order],
+            [self.log_probs[row] for row in order],
+            self.timings,
+            self.frame_seconds,
+        )
+
+
+class ArSession:
+    """An AudioLM's AR decoder in the middle of generating: the `Session` of the decoding loop.
+
+    Args:
+        model: a packed copy.
+        x, x_lens: prompts (B, S, Q) and (B,).
+        frames: at most so many will follow.
+        prefix_lens, gap_lens: (B,) each, for in-filling, see `AudioLM.ar_logits`.
+    """
+
+    def __init__(
+        self,
+        model: "AudioLM",
+        x: Tensor,
+        x_lens: Tensor,
+        frames: int,
+        prefix_lens: Tensor | None = None,
+        gap_lens: Tensor | None = None,
+    ) -> None:
+        self._model, self._x, self._x_lens = model, x, x_lens
+        self._tuner = ThreadTuner() if x.device.type == "cpu" else contextlib.nullcontext()
+        self.frame_seconds: list[float] = []
+        self._cache = model.ar_decoder.new_cache(x.shape[0], x.shape[1] + int(model.prepend_bos) + frames)
+        with torch.inference_mode():
+            self.logits = model.ar_logits(
+                x, x_lens, x.new_zeros(x.shape[0], 0), cache=self._cache, prefix_lens=prefix_lens, gap_lens=gap_lens
+            )[:, -1]  # fmt: skip
+
+    def step(self, tokens: Tensor) -> None:
+        """One more frame of each row: codes (A,)."""
+        started = time.perf_counter()
+        with torch.inference_mode(), self._tuner:
+            self.logits = self._model.ar_logits(self._x, self._x_lens, tokens[:, None], cache=self._cache)[
+                :, -1
+            ]
+        self.frame_seconds.append(time.perf_counter() - started)
+
+    def drop(self, row: int) -> None:
+        """A row leaves, the last one takes its place."""
+        with torch.inference_mode():
+            self._cache.drop(row)
+            self.logits[row] = self.logits[-1]
+            self.logits = self.logits[:-1]
+
+
+def open_session(
+    model: "AudioLM",
+    x: Tensor,
+    x_lens: Tensor,
+    frames: int,
+    guidance_scale: float = 1.0,
+    prefix_lens: Tensor | None = None,
+    gap_lens: Tensor | None = None,
+) -> tuple[ArSession, Any]:
+    """The session, and what the loop is given: itself, or guided by prompts of one frame."""
+    if guidance_scale == 1.0:
+        session = ArSession(model, x, x_lens, frames, prefix_lens, gap_lens)
+        return session, session
+    if prefix_lens is not None:
+        raise UserError("guidance cannot be combined with in-filling; leave guidance_scale at 1")
+    # Without a prompt means: with its last frame alone, as --drop-prompt-prob trains it.
+    last = x.gather(1, (x_lens - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2]))
+    pairs = torch.zeros(2 * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
+    pairs[0::2], pairs[1::2, :1] = x, last
+    lens = torch.stack([x_lens, torch.ones_like(x_lens)], 1).view(-1)
+    session = ArSession(model, pairs, lens, frames)
+    return session, GuidedSession(session, guidance_scale)
+
+
+def refine(
+    model: "AudioLM",
+    x: Tensor,
+    x_lens: Tensor,
+    tokens: Tensor,
+    lens: Tensor,
+    prefix_lens: Tensor | None = None,
+) -> Tensor:
+    """Quantizers 1 … Q-1 of a continuation, the likeliest each.
+
+    Args:
+        model: a packed copy.
+        x, x_lens: prompts (B, S, Q) and (B,).
+        tokens: (B, N) quantizer 0 of the continuations.
+        lens: (B,) their frames.
+        prefix_lens: (B,), for in-filling.
+
+    Returns:
+        (B, N, Q) int64.
+    """
+    target = tokens[..., None]
+    with torch.inference_mode():
+        for quantizer in range(1, model.num_quantizers):
+            if tokens.shape[1] > 0:
+                logits = model.nar_logits(x, x_lens, target, lens, quantizer, prefix_lens)
+                codes = logits.argmax(-1, keepdim=True)
+            else:
+                codes = target[..., :1]
+            target = torch.cat([target, codes], -1)
+    return target.clone()
+
+
+def refine_piece(model: "AudioLM", history: Tensor, tokens: Tensor, count: int, chunks: Chunks) -> Tensor:
+    """`refine` for one row's next `count` frames.
+
+    Args:
+        model: a packed copy.
+        history: (H, Q) finished frames before them.
+        tokens: (n,) quantizer 0 from the piece's start on; behind `count`, the lookahead is read.
+        count: frames to finish.
+        chunks: how much is seen on either side.
+
+    Returns:
+        (count, Q) int64.
+    """
+    x = history[-chunks.context :][None]
+    y = tokens[: count + chunks.lookahead][None]
+    lens = [torch.tensor([part.shape[1]], device=x.device) for part in (x, y)]
+    return refine(model, x, lens[0], y, lens[1])[0, :count]
+
+
+def refine_in_chunks(
+    model: "AudioLM", prompt: Tensor, tokens: Tensor, ended_by_itself: bool, chunks: Chunks
+) -> Tensor:
+    """`refine` for one row, in the same pieces as a `Stream` would.
+
+    Args:
+        model: a packed copy.
+        prompt: (S, Q).
+        tokens: (N,) quantizer 0 of the whole continuation.
+        ended_by_itself: whether the model drew the end.
+        chunks: the pieces.
+
+    Returns:
+        (N, Q) int64.
+    """
+    history, start = prompt, 0
+    for end in chunks.ends(len(tokens), ended_by_itself):
+        if end > start:
+            piece = refine_piece(model, history, tokens[start:], end - start, chunks)
+            history, start = torch.cat([history, piece]), end
+    return history[len(prompt) :]
+
+
+@dataclass
+class Leg:
+    """Rows generated in one go."""
+
+    targets: list[Tensor]  # (new_i, Q) each
+    finish_reasons: list[str]
+    log_probs: list[Tensor]
+
+
+class Generator:
+    """One call of `AudioLM.generate`: holds what stays the same over its legs, and the clock.
+
+    Args:
+        model: the model itself; its packed copy is used.
+        dtype: number format.
+        sampling: how codes are drawn.
+        guidance_scale: 1 for none.
+        on_frame: called with the number of frames done.
+    """
+
+    def __init__(
+        self,
+        model: "AudioLM",
+        dtype: str,
+        sampling: Sampling,
+        guidance_scale: float = 1.0,
+        on_frame: Callable[[int], object] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self.model: AudioLM = packed(model, dtype)
+        self.timings = {"pack": time.perf_counter() - started, "prefill": 0.0, "ar": 0.0, "nar": 0.0}
+        self.frame_seconds: list[float] = []
+        self.sampling, self.guidance_scale, self.on_frame = sampling, guidance_scale, on_frame
+        self.frames_done = 0
+
+    def open_loop(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        streams: Sequence[Random],
+        frames: int | Sequence[int],
+        min_frames: int,
+        prefix_lens: Tensor | None = None,
+    ) -> FrameLoop:
+        """Prefill; the loop then draws."""
+        longest = frames if isinstance(frames, int) else max(frames)
+        if longest < 1:
+            raise UserError(f"max_new_tokens is {longest}, expected 1 or more")
+        gap_lens = None
+        if prefix_lens is not None:
+            gap_lens = torch.as_tensor(frames, device=x.device).expand(x.shape[0])
+        with self.clock("prefill"):
+            session, guided = open_session(
+                self.model, x, x_lens, longest, self.guidance_scale, prefix_lens, gap_lens
+            )
+        session.frame_seconds = self.frame_seconds
+        before = self.frames_done
+        return FrameLoop(
+            guided, self.model.eos, self.sampling, streams, frames, min_frames,
+            lambda done: self._count(before + done),
+        )  # fmt: skip
+
+    def _count(self, done: int) -> None:
+        self.frames_done = done
+        if self.on_frame is not None:
+            self.on_frame(done)
+
+    @contextlib.contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Adds what happens inside to a timing."""
+        started = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.timings[part] += time.perf_counter() - started
+
+    def leg(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        streams: Sequence[Random],
+        frames: int | Sequence[int],
+        min_frames: int,
+        prefix_lens: Tensor | None = None,
+        chunks: Chunks | None = None,
+    ) -> Leg:
+        """Continue prompts (B, S, Q) by up to `frames` frames."""
+        loop = self.open_loop(x, x_lens, streams, frames, min_frames, prefix_lens)
+        with self.clock("ar"):
+            loop.advance()
+            first = loop.result()
+        lens = first.lens.tolist()
+        with self.clock("nar"):
+            if chunks is None:
+                whole = refine(self.model, x, x_lens, first.tokens, first.lens, prefix_lens)
+                targets = [row[:n] for row, n in zip(whole, lens, strict=True)]
+            else:
+                targets = [
+                    refine_in_chunks(self.model, x[i, : int(x_lens[i])], first.tokens[i, :n], reason == "eos", chunks)
+                    for i, (n, reason) in enumerate(zip(lens, first.finish_reasons, strict=True))
+                ]  # fmt: skip
+        log_probs = [row[:n].clone() for row, n in zip(first.log_probs, lens, strict=True)]
+        return Leg(targets, first.finish_reasons, log_probs)
+
+    def run(
+        self,
+        prompts: list[Tensor],
+        streams: Sequence[Random],
+        frames: int,
+        min_frames: int,
+        window: int | None = None,
+        chunks: Chunks | None = None,
+    ) -> Generation:
+        """Continue prompts (S_i, Q), in one leg, or in as many as the window asks for."""
+        rows = list(range(len(prompts)))
+        codes, reasons = list(prompts), ["length"] * len(prompts)
+        log_probs = [torch.zeros(0, device=self.model.device) for _ in prompts]
+        done = 0
+        for keep, new in legs(max(len(prompt) for prompt in prompts), frames, window):
+            parts = [codes[row] if keep is None else codes[row][-keep:] for row in rows]
+            lens = torch.tensor([len(part) for part in parts], device=self.model.device)
+            leg = self.leg(
+                pad_sequence(parts, batch_first=True), lens, [streams[row] for row in rows], new,
+                max(0, min(new, min_frames - done)), chunks=chunks,
+            )  # fmt: skip
+            for index, row in enumerate(rows):
+                codes[row] = torch.cat([codes[row], leg.targets[index]])
+                log_probs[row] = torch.cat([log_probs[row], leg.log_probs[index]])
+                reasons[row] = leg.finish_reasons[index]
+            rows = [row for row in rows if reasons[row] == "length"]
+            done += new
+            if not rows:
+                break
+        return Generation(
+            codes, [len(prompt) for prompt in prompts], reasons, log_probs, self.timings, self.frame_seconds
+        )
+
+
+def legs(prompt: int, frames: int, window: int | None) -> Iterator[tuple[int | None, int]]:
+    """How a continuation is divided so that no leg spans more than `window` frames.
+
+    Yields:
+        frames of what is there that the leg continues (None: all of it), and frames that it adds.
+
+    Raises:
+        UserError: the window has no room for a prompt and a frame.
+    """
+    if window is None or prompt + frames <= window:
+        yield None, frames
+        return
+    if window < 2:
+        raise UserError(f"window is {window} frames, expected 2 or more: a prompt and what is added")
+    keep = min(prompt, max(1, int(WINDOW_PROMPT * window)))
+    while frames > 0:
+        new = min(frames, window - keep)
+        yield keep, new
+        frames -= new
+        keep = max(1, int(WINDOW_PROMPT * window))
+
+
+class Stream:
+    """A continuation as audio, piece by piece, while it is being generated: iterate over it.
+
+    Args:
+        generator: settings and clock.
+        codec: turns codes into audio.
+        prompt: (S, Q) codes.
+        stream: the row's random numbers.
+        frames, min_frames: at most and at least so many new frames.
+        window: see `AudioLM.generate`.
+        chunks: the pieces.
+
+    Attributes:
+        generation: the result, once the last piece was given out.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        codec: Codec,
+        prompt: Tensor,
+        stream: Random,
+        frames: int,
+        min_frames: int,
+        window: int | None,
+        chunks: Chunks,
+    ) -> None:
+        if generator.sampling.stop_repetition:
+            raise UserError("stop_repetition takes back frames, which a stream cannot; leave it at 0")
+        self._generator, self._codec, self._prompt, self._stream = generator, codec, prompt, stream
+        self._frames, self._min_frames, self._window, self._chunks = frames, min_frames, window, chunks
+        self.generation: Generation | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields (C, n) float32 samples at the codec's sample rate; joined, they are the continuation."""
+        decoder = StreamDecoder(self._codec)
+        decoder.prime(self._prompt)
+        codes, log_probs, reason, done = self._prompt, [], "length", 0
+        generator, chunks = self._generator, self._chunks
+        for keep, new in legs(len(self._prompt), self._frames, self._window):
+            x = (codes if keep is None else codes[-keep:])[None]
+            lens = torch.tensor([x.shape[1]], device=x.device)
+            least = max(0, min(new, self._min_frames - done))
+            loop = generator.open_loop(x, lens, [self._stream], new, least)
+            running, start, history = True, 0, x[0]
+            while running:
+                with generator.clock("ar"):
+                    running = loop.advance(chunks.frames)
+                end = loop.done - chunks.lookahead if running else int(loop.lens[0])
+                if end <= start:
+                    continue
+                with generator.clock("nar"):
+                    piece = refine_piece(
+                        generator.model, history, loop.tokens[0, start:], end - start, chunks
+                    )
+                codes, history, start = torch.cat([codes, piece]), torch.cat([history, piece]), end
+                wav = decoder.push(piece)
+                if wav.shape[1]:
+                    yield wav
+            result = loop.result()
+            log_probs.append(result.log_probs[0])
+            reason, done = result.finish_reasons[0], done + new
+            if reason != "length":
+                break
+        self.generation = Generation(
+            [codes], [len(self._prompt)], [reason], [torch.cat(log_probs)], generator.timings, generator.frame_seconds
+        )  # fmt: skip
+        rest = decoder.flush()
+        if rest.shape[1]:
+            yield rest
+
+
+__all__ = ["ArSession", "Chunks", "Generation", "Generator", "Stream", "default_chunks", "legs", "refine"]

@@ -1,0 +1,252 @@
+"""Models packed for generation: linear layers in fp32, bf16 or int8, in the form that the machine multiplies fastest.
+
+`packed(model, "bf16")` is a copy of the model that shares its embeddings and norms; its linear layers hold packed
+weights and no parameters. The same code runs it (`ar_logits`, `nar_logits`); docs/generation.md has the figures by
+which the kernels were chosen:
+
+    fp32  oneDNN with weights laid out once; one frame of one row: bags (see valle/modules/bags.py)
+    bf16  oneDNN with weights laid out once, bfloat16 products summed in float32; the residual stream stays float32
+    int8  weights by output channel, inputs by frame (LLM.int8(), arXiv 2208.07339, section 2.1, "row-wise"); FBGEMM
+
+Where these kernels are missing (no x86 CPU, a GPU), PyTorch's own products run in the same number formats.
+"""
+
+import copy
+import platform
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from valle.modules.bags import BagMatrix
+from valle.modules.stepping import Stepper
+from valle.modules.transformer import AdaptiveLayerNorm, SelfAttention, Transformer, TransformerLayer
+from valle.utils.errors import UserError
+
+FORMATS = ("fp32", "bf16", "int8")
+Activation = str | None
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b with PyTorch's own products, in one number format.
+
+    Args:
+        weight: (O, I) float32.
+        bias: (O,) or None.
+        dtype: one of `FORMATS`; int8 keeps the weights in 8 bits and multiplies in x's precision.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
+        super().__init__()
+        self.scale: Tensor | None = None
+        if dtype == "int8":
+            self.weight, self.scale = quantize_rows(weight)
+        else:
+            self.weight = weight.to(torch.bfloat16) if dtype == "bf16" else weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) -> (…, O)."""
+        if self.scale is None:
+            bias = self.bias.to(self.weight.dtype) if self.bias is not None else None
+            return F.linear(x.to(self.weight.dtype), self.weight, bias)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        """The layer with "relu" or "gelu" behind it."""
+        return F.gelu(self(x)) if activation == "gelu" else F.relu(self(x))
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the layer."""
+        return residual + self(x)
+
+
+class OneDnnFloat(PackedLinear):
+    """float32: bags for a single frame, oneDNN else. Either form is made when it is first needed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.source, self.bias = weight, bias
+        self.blocked: Any = None
+        self.bags: BagMatrix | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            return self._single(x).view(*x.shape[:-1], -1)
+        return _pointwise(x, self._blocked(), self.bias, "none", [], "")
+
+    def _single(self, x: Tensor) -> Tensor:
+        if self.bags is None:
+            self.bags = BagMatrix(self.source, self.bias)
+        return self.bags(x.view(1, -1))
+
+    def _blocked(self) -> Any:
+        if self.blocked is None:
+            self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.source, 1)
+        return self.blocked
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        if x.shape[0] == 1:
+            y = self._single(x)
+            return F.gelu(y) if activation == "gelu" else F.relu(y)
+        return _pointwise(x, self._blocked(), self.bias, activation, [None], _algorithm(activation))
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        x = x.to(residual.dtype)
+        if x.shape[0] == 1:
+            return residual + self._single(x)
+        return _pointwise_binary(x, residual, self._blocked(), self.bias, "add")
+
+
+class OneDnnBfloat16(PackedLinear):
+    """bfloat16 weights and products, float32 sums; the result is bfloat16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), 1)
+        self.bias = bias.bfloat16() if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pointwise(x.bfloat16(), self.blocked, self.bias, "none", [], "")
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        return _pointwise(x.bfloat16(), self.blocked, self.bias, activation, [None], _algorithm(activation))
+
+
+class DynamicInt8(PackedLinear):
+    """8-bit weights by output channel, 8-bit inputs by frame, products in integers; float32 in and out.
+
+    A single frame goes through FBGEMM's kernel, which quantizes its input by itself. More frames are quantized here,
+    each by its own range and by the same rule, so that a frame's result does not depend on its neighbours.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        whole, scale = quantize_rows(weight)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "creation of quantized tensors will be removed"
+            table = torch._make_per_channel_quantized_tensor(
+                whole, scale, torch.zeros(len(scale), dtype=torch.long), 0
+            )
+        self.bias = bias
+        self.weight = torch.ops.quantized.linear_prepack(table, bias)
+        self.bare = torch.ops.quantized.linear_prepack(table, None)
+        self.column_sums = whole.sum(1, dtype=torch.float32) * scale  # (O,)
+        # Without VNNI, pairs of 8-bit products are summed in 16 bits: one bit less keeps them from overflowing.
+        self.reduced = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if x.numel() == x.shape[-1]:
+            return torch.ops.quantized.linear_dynamic.default(x, self.weight, self.reduced)
+        steps = 127 if self.reduced else 255
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
+        scale = ((high - low) / steps).clamp_(min=1e-30)
+        zero = (-low / scale).round_()
+        whole = torch.round(torch.addcmul(zero, x, scale.reciprocal())).clamp_(
+            0, steps
+        )  # the inputs as 0 … steps
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
+            whole, 1.0, 0, self.bare
+        )
+        y = (y - zero * self.column_sums).mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, I) -> int8 (O, I) and the scale of each row, (O,) float32: largest value at 127."""
+    scale = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
+    return (weight.detach() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def on_x86(device: torch.device) -> bool:
+    """Whether oneDNN's and FBGEMM's kernels for x86 CPUs are there."""
+    return (
+        device.type == "cpu"
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and "fbgemm" in torch.backends.quantized.supported_engines
+    )
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> PackedLinear:
+    """The fastest kernel for a weight (O, I) in a number format, on the weight's device."""
+    weight = weight.detach()
+    bias = bias.detach() if bias is not None else None
+    if on_x86(weight.device):
+        if dtype == "int8":
+            return DynamicInt8(weight, bias)
+        if dtype == "fp32":
+            return OneDnnFloat(weight, bias)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return OneDnnBfloat16(weight, bias)
+    return PackedLinear(weight, bias, dtype)
+
+
+def pack(model: nn.Module, dtype: str) -> Any:
+    """A copy of a model for generation, see the head of this file. Later changes of the model do not reach it.
+
+    Args:
+        model: any model of this package.
+        dtype: one of `FORMATS`.
+
+    Raises:
+        UserError: unknown format.
+    """
+    if dtype not in FORMATS:
+        raise UserError(f"dtype is '{dtype}', expected one of {', '.join(FORMATS)}")
+    with torch.no_grad():
+        shared: dict[int, Any] = {id(item): item for item in [*model.parameters(), *model.buffers()]}
+        twin = copy.deepcopy(model, shared).eval()
+        _replace(twin, dtype)
+    return twin
+
+
+def _replace(module: nn.Module, dtype: str) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            # Logits in bfloat16 would tie: outside the decoders' layers, bf16 keeps float32.
+            kept = "fp32" if dtype == "bf16" and not isinstance(module, _INSIDE) else dtype
+            setattr(module, name, pack_linear(child.weight, child.bias, kept))
+        elif not isinstance(child, AdaptiveLayerNorm):  # its one row a sequence is not worth packing
+            _replace(child, dtype)
+    if isinstance(module, SelfAttention):
+        weight, bias = module.in_proj_weight, module.in_proj_bias
+        # The scores' scale goes into the queries' weights, once instead of at every step.
+        factor = torch.ones_like(bias)
+        factor[: weight.shape[1]] = module.scale
+        module.project_in = pack_linear(weight * factor[:, None], bias * factor, dtype)
+        module.scale = 1.0
+        module.register_parameter("in_proj_weight", None)
+        module.register_parameter("in_proj_bias", None)
+    if isinstance(module, Transformer):
+        module.packed_dtype, module.stepper = dtype, Stepper(module)
+
+
+_COPIES: "weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]]" = weakref.WeakKeyDictionary()
+
+
+def packed(model: nn.Module, dtype: str) -> Any:
+    """`pack`, kept until the model's weights change."""
+    state = [(item.data_ptr(), item._version) for item in model.parameters()]
+    copies = _COPIES.setdefault(model, {})
+    kept = copies.get(dtype)
+    if kept is None or kept[0] != state:
+        kept = copies[dtype] = (state, pack(model, dtype))
+    return kept[1]
+
+
+_INSIDE = (SelfAttention, TransformerLayer)
+
+
+def _algorithm(activation: str) -> str:
+    return "none" if activation == "gelu" else ""  # "none": the exact GELU, by erf
+
+
+_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default
+_pointwise_binary: Any = torch.ops.mkldnn._linear_pointwise.binary

@@ -1,0 +1,97 @@
+"""A packed transformer's forward pass for one new frame, with as few operations as it takes.
+
+For a small model, what Python and PyTorch do around the products costs more than the products. This is
+`Transformer.forward` again for the case of one frame a row over a `BagCache` (tests hold the two together): layers
+unrolled into plain lists, scale folded into the weights, residuals and activations left to the packed layers.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from valle.modules.bags import BagCache
+
+if TYPE_CHECKING:
+    from valle.modules.transformer import Transformer
+
+Norm = tuple[tuple[int, ...], Tensor, Tensor, float]
+
+
+class _Layer(NamedTuple):
+    norm1: Norm
+    project_in: Callable[[Tensor], Tensor]
+    project_out: Callable[[Tensor, Tensor], Tensor]
+    norm2: Norm
+    widen: Callable[[Tensor, str], Tensor]
+    narrow: Callable[[Tensor, Tensor], Tensor]
+
+
+class Stepper:
+    """Computes single frames of a packed `Transformer` without a condition.
+
+    Args:
+        transformer: its layers are packed.
+    """
+
+    def __init__(self, transformer: "Transformer") -> None:
+        self.nhead, self.head_dim = transformer.nhead, transformer.head_dim
+        self.layers: list[_Layer] = []
+        self.norm: Norm | None = None
+        if transformer.adaptive:
+            return  # the NAR decoder's: never steps
+        for layer in transformer.layers:
+            attention: Any = layer.self_attn
+            widen: Any = layer.linear1
+            narrow: Any = layer.linear2
+            self.layers.append(
+                _Layer(
+                    _norm(layer.norm1),
+                    attention.project_in.forward,
+                    attention.out_proj.added,
+                    _norm(layer.norm2),
+                    widen.activated,
+                    narrow.added,
+                )  # fmt: skip
+            )
+        self.norm_first = transformer.norm is not None
+        self.norm = _norm(transformer.norm) if transformer.norm is not None else None
+        self.activation = transformer.layers[0].activation_name
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: BagCache) -> Tensor:
+        """(rows, 1, D) float32 -> (rows, 1, D); the cache grows by one column."""
+        if x.shape[1] != 1:
+            raise RuntimeError(
+                f"{x.shape[1]} frames at once: behind the prompt, this cache takes one at a time"
+            )
+        cache.make_room()
+        rows, _, dim = x.shape
+        x = x.view(rows, dim)
+        heads, half, pre, activation = self.nhead, self.head_dim // 2, self.norm_first, self.activation
+        split = (rows, 3 * heads, self.head_dim)
+        layer_norm, addcmul = torch.layer_norm, torch.addcmul
+        if rotation is not None:
+            cosine, sine = rotation[0][:, 0], rotation[1][:, 0]  # (rows or 1, 1, d)
+            sine = torch.cat([-sine[..., :half], sine[..., half:]], -1)
+        for layer, store in zip(self.layers, cache.layers, strict=True):
+            norm1, project_in, project_out, norm2, widen, narrow = layer
+            qkv = project_in(layer_norm(x, *norm1) if pre else x).view(split)
+            if rotation is not None:
+                turned = qkv.narrow(1, 0, 2 * heads)
+                turned = addcmul(turned * cosine, turned.roll(half, -1), sine)
+                query, key = turned.split(heads, 1)
+                value = qkv.narrow(1, 2 * heads, heads)
+            else:
+                query, key, value = qkv.split(heads, 1)
+            x = project_out(store.attend(query, key, value), x)
+            if pre:
+                x = narrow(widen(layer_norm(x, *norm2), activation), x)
+            else:
+                x = layer_norm(x, *norm1)
+                x = layer_norm(narrow(widen(x, activation), x), *norm2)
+        return (x if self.norm is None else layer_norm(x, *self.norm))[:, None]
+
+
+def _norm(module: Any) -> Norm:
+    return tuple(module.normalized_shape), module.weight, module.bias, module.eps
