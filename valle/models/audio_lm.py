@@ -75,6 +75,13 @@ class AudioLM(nn.Module):
     """
 
     loss_unit = "nats/token"
+    # Which part takes which number format in a packed copy; the others stay in fp32. The AR decoder is bound by reading
+    # its weights, the NAR decoder by multiplying, where 8 bits gain nothing. Logits in bfloat16 would tie.
+    PACKING = {
+        "fp32": {},
+        "bf16": {"ar_decoder": "bf16", "nar_decoder": "bf16"},
+        "int8": {"ar_decoder": "int8", "ar_predict_layer": "int8", "nar_decoder": "bf16"},
+    }
 
     def __init__(
         self,
@@ -196,13 +203,9 @@ class AudioLM(nn.Module):
         if y_lens is not None:
             y = y.masked_fill(~lengths_to_mask(y_lens, y.shape[1]), 0)
         if cache is not None and cache.length > 0:
-            columns = cache.length + torch.arange(y.shape[1], device=y.device)
+            columns = cache.columns(y.shape[1])
             positions = columns - (cache.starts + cache.position_shift)[:, None]
-            mask = None
-            if not cache.masks and (cache.ragged or y.shape[1] > 1):
-                keys = torch.arange(cache.length + y.shape[1], device=y.device)
-                mask = prefix_causal_mask(cache.starts, cache.prompt_lens, columns, keys)
-            hidden = self.ar_decoder(self._ar_embed(y), positions, mask, cache)
+            hidden = self.ar_decoder(self._ar_embed(y), positions, cache.mask(columns), cache)
             return self.ar_predict_layer(hidden)
 
         prompt = self.ar_audio_prenet(
@@ -219,8 +222,7 @@ class AudioLM(nn.Module):
         columns = torch.arange(sequence.shape[1], device=x.device)
         mask = prefix_causal_mask(starts, prompt_lens, columns, columns)
         if cache is not None:
-            cache.starts, cache.prompt_lens = starts, prompt_lens
-            cache.ragged = bool((starts > 0).any())
+            cache.place(starts, prompt_lens)
         positions = (columns - starts[:, None]).clamp(min=0)
         # The frame behind the prompt is predicted at the prompt's last position.
         last = (starts + prompt_lens - 1)[:, None] + torch.arange(y.shape[1] + 1, device=x.device)

@@ -22,7 +22,9 @@ from valle.codecs import Codec
 from valle.codecs.streaming import StreamDecoder
 from valle.generation.chunks import Chunks, default_chunks
 from valle.generation.decoding import FrameLoop, GuidedSession
+from valle.generation.graphs import GraphedStep
 from valle.generation.sampling import Sampling
+from valle.modules.cache import GraphCache
 from valle.modules.packing import packed
 from valle.utils.errors import UserError
 from valle.utils.threads import ThreadTuner
@@ -99,28 +101,32 @@ class ArSession:
         gap_lens: Tensor | None = None,
     ) -> None:
         self._model, self._x, self._x_lens = model, x, x_lens
-        self._tuner = ThreadTuner() if x.device.type == "cpu" else contextlib.nullcontext()
         self.frame_seconds: list[float] = []
         self._cache = model.ar_decoder.new_cache(x.shape[0], x.shape[1] + int(model.prepend_bos) + frames)
         with torch.inference_mode():
             self.logits = model.ar_logits(
                 x, x_lens, x.new_zeros(x.shape[0], 0), cache=self._cache, prefix_lens=prefix_lens, gap_lens=gap_lens
             )[:, -1]  # fmt: skip
+        self._run: Callable[[Tensor], Tensor] = self._step
+        if isinstance(self._cache, GraphCache):
+            self._run = GraphedStep(self._step, self._cache)
+        self._tuner = ThreadTuner() if x.device.type == "cpu" else contextlib.nullcontext()
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        return self._model.ar_logits(self._x, self._x_lens, tokens[:, None], cache=self._cache)[:, -1]
 
     def step(self, tokens: Tensor) -> None:
         """One more frame of each row: codes (A,)."""
         started = time.perf_counter()
         with torch.inference_mode(), self._tuner:
-            self.logits = self._model.ar_logits(self._x, self._x_lens, tokens[:, None], cache=self._cache)[
-                :, -1
-            ]
+            self.logits = self._run(tokens)
         self.frame_seconds.append(time.perf_counter() - started)
 
     def drop(self, row: int) -> None:
         """A row leaves, the last one takes its place."""
         with torch.inference_mode():
             self._cache.drop(row)
-            self.logits[row] = self.logits[-1]
+            self.logits[row] = self.logits[-1]  # a graph writes them anew at its next step
             self.logits = self.logits[:-1]
 
 

@@ -54,7 +54,8 @@ class BagMatrix:
         self.table = full.view(blocks, BLOCK, width).transpose(1, 2).reshape(blocks * width, BLOCK)
         self.rows = torch.arange(blocks * width, dtype=torch.int32)
         self.starts = torch.arange(0, blocks * width, width, dtype=torch.int32)
-        self.inputs = torch.ones(blocks, width)  # behind the input, a one that takes the bias
+        with torch.inference_mode(False):  # written at every call, in whichever mode
+            self.inputs = torch.ones(blocks, width)  # behind the input, a one that takes the bias
         self.slots = self.inputs[:, :in_features]
         self.weights = self.inputs.view(-1)
 
@@ -73,8 +74,6 @@ class BagCache(Cache):
         dtype: float32, or float16 for half the memory (finer than bfloat16 at the sizes that keys and values have).
     """
 
-    masks = True
-
     def __init__(
         self, num_layers: int, batch: int, nhead: int, capacity: int, head_dim: int, dtype: torch.dtype
     ) -> None:
@@ -83,6 +82,10 @@ class BagCache(Cache):
         self.chunks = -(-capacity // CHUNK)
         self.layers = [BagLayer(self) for _ in range(num_layers)]
         self._built = (0, 0)
+
+    def mask(self, columns: Tensor) -> None:
+        """None: `BagLayer.attend` hides by itself what a row must not see."""
+        return None
 
     def make_room(self) -> None:
         """Take one more column; `BagLayer.attend` of every layer then fills and reads it."""

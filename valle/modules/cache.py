@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from valle.modules.masks import prefix_causal_mask
+
+BUCKET = 128  # columns by which a `GraphCache` grows what it reads
+
 
 class Cache:
     """Where each row of a cache stands.
@@ -16,11 +20,9 @@ class Cache:
         length: columns filled so far.
         starts, prompt_lens, position_shift: (rows,) int64.
         ragged: whether rows begin at different columns.
-        masks: whether the cache itself hides the columns before a row's start.
     """
 
     layers: list
-    masks = False
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.rows = batch
@@ -30,16 +32,35 @@ class Cache:
         self.position_shift = torch.zeros(batch, dtype=torch.long, device=device)
         self.ragged = False
 
+    def place(self, starts: Tensor, prompt_lens: Tensor) -> None:
+        """Say where rows begin and how long their prompts are, (rows,) each."""
+        # Copies: they change when rows leave, and what is given may be the caller's.
+        self.starts, self.prompt_lens = starts.clone(), prompt_lens.clone()
+        self.ragged = bool((starts > 0).any())
+
+    def columns(self, count: int) -> Tensor:
+        """(count,) columns of the next frames."""
+        return self.length + torch.arange(count, device=self.starts.device)
+
+    def mask(self, columns: Tensor) -> Tensor | None:
+        """Who may be seen from the next frames' `columns`, (rows, 1, count, keys); None: everything."""
+        if not self.ragged and len(columns) == 1:
+            return None
+        keys = torch.arange(self.length + len(columns), device=columns.device)
+        return prefix_causal_mask(self.starts, self.prompt_lens, columns, keys)
+
     def drop(self, row: int) -> None:
         """Take a row out; the last one takes its place."""
         last = self.rows - 1
         if row != last:
             for layer in self.layers:
                 layer.move(last, row)
+        order = list(range(last))
+        if row != last:
+            order[row] = last
         for name in ("starts", "prompt_lens", "position_shift"):
             values = getattr(self, name)
-            values[row] = values[last]
-            setattr(self, name, values[:last])
+            setattr(self, name, values[order])
         self.rows = last
 
 
@@ -75,3 +96,64 @@ class KVCache(Cache):
         super().__init__(batch, like.device)
         shape = (batch, nhead, capacity, head_dim)
         self.layers = [LayerCache(self, shape, like) for _ in range(num_layers)]
+
+
+class GraphLayerCache(LayerCache):
+    """A layer of a `GraphCache`."""
+
+    owner: "GraphCache"
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `LayerCache.append`; a single frame behind the prompt goes where `owner.column` says."""
+        if self.owner.bucket == 0:
+            return super().append(keys, values)
+        self.keys.index_copy_(2, self.owner.column, keys)
+        self.values.index_copy_(2, self.owner.column, values)
+        return self.keys[:, :, : self.owner.bucket], self.values[:, :, : self.owner.bucket]
+
+    def move(self, source: int, target: int) -> None:
+        used = self.owner.length
+        self.keys[target, :, :used] = self.keys[source, :, :used]
+        self.values[target, :, :used] = self.values[source, :, :used]
+
+
+class GraphCache(KVCache):
+    """A cache whose steps can be recorded once and replayed, as CUDA graphs are: addresses and shapes stay.
+
+    The column of the new frame is a number on the device; what is read grows by whole buckets, and a mask hides what
+    is not filled yet. Rows that leave stay in the shapes, behind the others.
+    """
+
+    def __init__(
+        self, num_layers: int, batch: int, nhead: int, capacity: int, head_dim: int, like: Tensor
+    ) -> None:
+        capacity = -(-capacity // BUCKET) * BUCKET
+        super().__init__(num_layers, batch, nhead, capacity, head_dim, like)
+        shape = (batch, nhead, capacity, head_dim)
+        self.layers = [GraphLayerCache(self, shape, like) for _ in range(num_layers)]
+        for layer in self.layers:  # read before they are filled, with weight 0
+            layer.keys.zero_(), layer.values.zero_()
+        self.column = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.bucket = 0  # columns that a step reads; 0 before the first
+
+    def advance(self) -> None:
+        """Make room for one more frame; the step itself follows."""
+        self.column.fill_(self.length)
+        self.length += 1
+        self.bucket = -(-self.length // BUCKET) * BUCKET
+
+    def columns(self, count: int) -> Tensor:
+        return self.column
+
+    def mask(self, columns: Tensor) -> Tensor:
+        keys = torch.arange(self.bucket, device=columns.device)
+        return prefix_causal_mask(self.starts, self.prompt_lens, columns, keys)
+
+    def drop(self, row: int) -> None:
+        last = self.rows - 1
+        if row != last:
+            for layer in self.layers:
+                layer.move(last, row)
+            for values in (self.starts, self.prompt_lens, self.position_shift):
+                values[row] = values[last]
+        self.rows = last

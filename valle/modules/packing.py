@@ -15,7 +15,7 @@ import copy
 import platform
 import warnings
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from valle.modules.bags import BagMatrix
 from valle.modules.stepping import Stepper
-from valle.modules.transformer import AdaptiveLayerNorm, SelfAttention, Transformer, TransformerLayer
+from valle.modules.transformer import AdaptiveLayerNorm, SelfAttention, Transformer
 from valle.utils.errors import UserError
 
+SMALLEST_SCALE = 6.1e-5  # of 8-bit inputs, in FBGEMM
 FORMATS = ("fp32", "bf16", "int8")
 Activation = str | None
 
@@ -36,7 +37,7 @@ class PackedLinear(nn.Module):
     Args:
         weight: (O, I) float32.
         bias: (O,) or None.
-        dtype: one of `FORMATS`; int8 keeps the weights in 8 bits and multiplies in x's precision.
+        dtype: one of `FORMATS`; int8 keeps the weights in 8 bits and multiplies in float32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
@@ -53,7 +54,7 @@ class PackedLinear(nn.Module):
         if self.scale is None:
             bias = self.bias.to(self.weight.dtype) if self.bias is not None else None
             return F.linear(x.to(self.weight.dtype), self.weight, bias)
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        y = F.linear(x.float(), self.weight.float()) * self.scale
         return y if self.bias is None else y + self.bias
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
@@ -148,6 +149,7 @@ class DynamicInt8(PackedLinear):
         low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
         scale = ((high - low) / steps).clamp_(min=1e-30)
         zero = (-low / scale).round_()
+        scale = scale.clamp(min=SMALLEST_SCALE)
         whole = torch.round(torch.addcmul(zero, x, scale.reciprocal())).clamp_(
             0, steps
         )  # the inputs as 0 … steps
@@ -192,7 +194,7 @@ def pack(model: nn.Module, dtype: str) -> Any:
     """A copy of a model for generation, see the head of this file. Later changes of the model do not reach it.
 
     Args:
-        model: any model of this package.
+        model: a model of this package; its `PACKING` says which number format each of its parts takes.
         dtype: one of `FORMATS`.
 
     Raises:
@@ -200,21 +202,23 @@ def pack(model: nn.Module, dtype: str) -> Any:
     """
     if dtype not in FORMATS:
         raise UserError(f"dtype is '{dtype}', expected one of {', '.join(FORMATS)}")
-    with torch.no_grad():
+    formats = cast(Any, model).PACKING[dtype]
+    with torch.inference_mode(False), torch.no_grad():
         shared: dict[int, Any] = {id(item): item for item in [*model.parameters(), *model.buffers()]}
         twin = copy.deepcopy(model, shared).eval()
-        _replace(twin, dtype)
+        for name, child in list(twin.named_children()):
+            _replace(twin, name, child, formats.get(name, "fp32"))
     return twin
 
 
-def _replace(module: nn.Module, dtype: str) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            # Logits in bfloat16 would tie: outside the decoders' layers, bf16 keeps float32.
-            kept = "fp32" if dtype == "bf16" and not isinstance(module, _INSIDE) else dtype
-            setattr(module, name, pack_linear(child.weight, child.bias, kept))
-        elif not isinstance(child, AdaptiveLayerNorm):  # its one row a sequence is not worth packing
-            _replace(child, dtype)
+def _replace(parent: nn.Module, name: str, module: nn.Module, dtype: str) -> None:
+    if isinstance(module, nn.Linear):
+        setattr(parent, name, pack_linear(module.weight, module.bias, dtype))
+        return
+    if isinstance(module, AdaptiveLayerNorm):  # its one row a sequence is not worth packing
+        return
+    for inner, child in list(module.named_children()):
+        _replace(module, inner, child, dtype)
     if isinstance(module, SelfAttention):
         weight, bias = module.in_proj_weight, module.in_proj_bias
         # The scores' scale goes into the queries' weights, once instead of at every step.
@@ -239,9 +243,6 @@ def packed(model: nn.Module, dtype: str) -> Any:
     if kept is None or kept[0] != state:
         kept = copies[dtype] = (state, pack(model, dtype))
     return kept[1]
-
-
-_INSIDE = (SelfAttention, TransformerLayer)
 
 
 def _algorithm(activation: str) -> str:
