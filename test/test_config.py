@@ -71,3 +71,74 @@ def test_optional_values_may_stay_unset():
         number: int | None = option(None, "a number")
 
     assert parse("x", [Part], [])[0].number is None and parse("x", [Part], ["--number", "3"])[0].number == 3
+
+
+@dataclass
+class Values:
+    """Flags of several values."""
+
+    gap: tuple[float, float] | None = option(None, "from, to", metavar=("FROM", "TO"))
+    clips: tuple[str, ...] = option((), "files", metavar="CLIP", positional=True)
+    number: int = option(1, "a number")
+
+
+@pytest.mark.parametrize(
+    "argv,expected",
+    [
+        ("", Values()),
+        ("--gap 1 2.5", Values(gap=(1.0, 2.5))),
+        ("--gap 1 2.5 a.wav", Values((1.0, 2.5), ("a.wav",))),
+        ("a.wav --number 3 --gap -1 2", Values((-1.0, 2.0), ("a.wav",), 3)),
+        ("a.wav --number 3 b_c.wav", Values(None, ("a.wav", "b_c.wav"), 3)),
+    ],
+)
+def test_flags_of_two_values_and_words_without_a_flag(argv, expected):
+    assert parse("x", [Values], argv.split()) == [expected]
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        ("--gap 1", "expected 2 arguments"),
+        ("--gap a b", "invalid float"),
+        ("a.wav --nonsense 1", "--nonsense"),
+    ],
+)
+def test_bad_words_are_named(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse("x", [Values], argv.split())
+
+
+def test_words_are_refused_where_no_field_takes_them():
+    with pytest.raises(UserError, match="a.wav"):
+        parse("x", PARTS, ["a.wav"])
+
+
+def test_several_values_in_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("gap: [1, 2.5]\nclips: [a.wav, b.wav]\n")
+    assert parse("x", [Values], ["--config", str(path)]) == [Values((1.0, 2.5), ("a.wav", "b.wav"))]
+    assert parse("x", [Values], ["--config", str(path), "c.wav"])[0].clips == ("c.wav",)
+    path.write_text("gap: null\n")
+    assert parse("x", [Values], ["--config", str(path)]) == [Values()]
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [("gap: 1", "a list of 2 float"), ("gap: [1]", "a list of 2 float"), ("gap: [1, true]", "a list of 2 float"),
+     ("clips: a.wav", "a list of str"), ("number: [1]", "expected int")],
+)  # fmt: skip
+def test_bad_lists_in_yaml_are_named(tmp_path, text, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        parse("x", [Values], ["--config", str(path)])
+
+
+def test_help_names_the_values(capsys):
+    with pytest.raises(SystemExit):
+        parse("x", [Values], ["--help"])
+    shown = capsys.readouterr().out
+    assert (
+        "--gap FROM TO" in shown and "[CLIP ...]" in shown and "(default: 1)" in shown and "()" not in shown
+    )

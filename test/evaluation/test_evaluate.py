@@ -36,7 +36,7 @@ def world(tmp_path, monkeypatch, make_model, codec, make_codes, make_cut):
     }  # fmt: skip
     model = make_model()
     monkeypatch.setattr(module, "load_model", lambda path, device: (model, saved))
-    monkeypatch.setattr(module, "load_codec", lambda name, device, num_quantizers: codec)
+    monkeypatch.setattr(module, "matching_codec", lambda info, device, num_quantizers: codec)
     monkeypatch.setattr(
         module, "read_manifest", lambda path: cuts[path.name.split(".")[0].removeprefix("cuts_")]
     )

@@ -1,8 +1,9 @@
-"""Neural codecs behind one interface: `load_codec(name_or_dir)`."""
+"""Neural codecs behind one interface: `load_codec(name_or_dir)`, or `matching_codec` for a checkpoint's own."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +80,33 @@ def load_codec(
     return builder(name, num_quantizers).to(device).eval()
 
 
+def matching_codec(
+    info: dict[str, Any], device: str | torch.device = "cpu", num_quantizers: int | None = None
+) -> Codec:
+    """The codec that made a checkpoint's training codes.
+
+    Args:
+        info: what the checkpoint keeps about it, see `Codec.info`.
+        device: where it runs.
+        num_quantizers: of the model, where it has fewer than the codes that it was trained on.
+
+    Raises:
+        UserError: the checkpoint names none, or the codec has other weights now.
+    """
+    name = info.get("name")
+    if not name:
+        raise UserError("the checkpoint does not name its codec; its training manifest had no codec.json")
+    stored = int(info["num_quantizers"])
+    codec = load_codec(name, device, stored)
+    if info.get("fingerprint") and codec.fingerprint() != info["fingerprint"]:
+        raise UserError(
+            f"codec '{name}' has fingerprint {codec.fingerprint()}, but the checkpoint was trained on codes of "
+            f"{info['fingerprint']}: other weights; use the checkpoint with the version it was trained with"
+        )
+    # A codec's fingerprint is that of all its quantizers, so fewer are taken only now.
+    return codec if num_quantizers in (None, stored) else load_codec(name, device, num_quantizers)
+
+
 def _model_type(folder: Path) -> str:
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -89,4 +117,4 @@ def _model_type(folder: Path) -> str:
     return kind
 
 
-__all__ = ["BUILDERS", "DEFAULT_CODEC", "Codec", "load_codec"]
+__all__ = ["BUILDERS", "DEFAULT_CODEC", "Codec", "load_codec", "matching_codec"]

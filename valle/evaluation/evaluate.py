@@ -20,7 +20,7 @@ import torch
 from lhotse.cut import Cut
 
 from valle import __version__
-from valle.codecs import load_codec
+from valle.codecs import matching_codec
 from valle.config import option
 from valle.data.dataset import load_codes, read_codec_info
 from valle.data.manifests import read_manifest
@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')} is missing (see --help)")
     device = pick_device(config.device)
     model, checkpoint = load_model(config.checkpoint, device)
-    codec = load_codec(checkpoint["codec"]["name"], device, num_quantizers=model.num_quantizers)
+    codec = matching_codec(checkpoint["codec"], device, model.num_quantizers)
     manifests = {"test": Path(config.manifest), **_siblings(config)}
     _check_codec(manifests["test"], checkpoint["codec"])
     data = {

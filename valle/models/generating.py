@@ -8,6 +8,7 @@ Everything here works on a packed copy of the model (valle/modules/packing.py) a
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,8 +61,8 @@ class Generation:
 
     @property
     def scores(self) -> list[float]:
-        """Mean log-probability of each row's codes, in nats; 0 for a row without any."""
-        return [float(row.mean()) if len(row) else 0.0 for row in self.log_probs]
+        """Mean log-probability of each row's codes, in nats; a row without any comes last."""
+        return [float(row.mean()) if len(row) else -math.inf for row in self.log_probs]
 
     def ranked(self, num_samples: int) -> "Generation":
         """The same, with each prompt's rows in the order of their scores."""
