@@ -20,7 +20,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 # commands of the system, whose flags are not ours to check
 FOREIGN = {
     "pip", "pip3", "git", "cd", "export", "source", ".", "ls", "tensorboard", "pre-commit", "mkdir", "cp", "cat",
-    "ffmpeg", "apt-get", "tail", "time", "pytest", "ruff", "mypy",
+    "ffmpeg", "ffplay", "aplay", "apt-get", "tail", "time", "pytest", "ruff", "mypy",
 }  # fmt: skip
 
 

@@ -319,7 +319,9 @@ class Ours:
     def first_audio(self, dtype: str, frames: int) -> float:
         """Seconds until the first piece of a streamed continuation is there."""
         start = time.perf_counter()
-        pieces = iter(self.model.stream(self.prompt(1), self.codec, max_new_tokens=frames, seed=SEED, dtype=dtype))
+        pieces = iter(
+            self.model.stream(self.prompt(1), self.codec, max_new_tokens=frames, seed=SEED, dtype=dtype)
+        )
         next(pieces)
         latency = time.perf_counter() - start
         pieces.close()

@@ -470,7 +470,8 @@ class AudioLM(nn.Module):
             sampling: all settings of the draw, in the place of temperature, top_k and top_p.
             guidance_scale: classifier-free guidance, for models trained with --drop-prompt-prob; 1 for none.
             num_samples: continuations of each prompt, ranked by their mean log-probability.
-            window: frames that the model sees at most; a longer continuation goes on from its own last part.
+            window: frames that the model sees and adds at most at once; what is longer goes on from its own last part
+                (penalties for repetition look back to the beginning of that).
             chunks: refine piece by piece, as `stream` does (default: the whole at once, which sees what follows).
             on_frame: called with the number of frames done.
 
@@ -519,14 +520,16 @@ class AudioLM(nn.Module):
         Raises:
             UserError: a gap that does not lie in the recording, or codes of the wrong shape or range.
         """
-        x, x_lens = self._prompts(x, None)
-        total = x.shape[1]
+        total = x.shape[-2] if x.dim() > 1 else 0
         if not 0 <= start < end <= total or end - start == total:
             raise UserError(
                 f"gap {start} to {end} in {total} frames: expected 0 <= start < end <= {total}, not all"
             )
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}, expected 1 or more")
+        x = x.clone()
+        x[..., start:end, :] = 0
+        x, _ = self._prompts(x, None)
         streams = make_streams(x.shape[0], seed, num_samples)
         x = x.repeat_interleave(num_samples, 0)
         known = torch.cat([x[:, :start], x[:, end:]], 1)

@@ -275,8 +275,7 @@ class Generator:
     ) -> FrameLoop:
         """Prefill; the loop then draws."""
         longest = frames if isinstance(frames, int) else max(frames)
-        if longest < 1:
-            raise UserError(f"max_new_tokens is {longest}, expected 1 or more")
+        check_frames(longest, min_frames)
         gap_lens = None
         if prefix_lens is not None:
             gap_lens = torch.as_tensor(frames, device=x.device).expand(x.shape[0])
@@ -343,12 +342,13 @@ class Generator:
         chunks: Chunks | None = None,
     ) -> Generation:
         """Continue prompts (S_i, Q), in one leg, or in as many as the window asks for."""
+        check_frames(frames, min_frames)
         rows = list(range(len(prompts)))
         codes, reasons = list(prompts), ["length"] * len(prompts)
         log_probs = [torch.zeros(0, device=self.model.device) for _ in prompts]
         done = 0
-        for keep, new in legs(max(len(prompt) for prompt in prompts), frames, window):
-            parts = [codes[row] if keep is None else codes[row][-keep:] for row in rows]
+        for room, new in legs(frames, window):
+            parts = [codes[row] if room is None else codes[row][-room:] for row in rows]
             lens = torch.tensor([len(part) for part in parts], device=self.model.device)
             leg = self.leg(
                 pad_sequence(parts, batch_first=True), lens, [streams[row] for row in rows], new,
@@ -367,26 +367,33 @@ class Generator:
         )
 
 
-def legs(prompt: int, frames: int, window: int | None) -> Iterator[tuple[int | None, int]]:
-    """How a continuation is divided so that no leg spans more than `window` frames.
+def legs(frames: int, window: int | None) -> Iterator[tuple[int | None, int]]:
+    """How a continuation is divided so that no leg spans more than `window` frames. Does not depend on the prompt.
 
     Yields:
-        frames of what is there that the leg continues (None: all of it), and frames that it adds.
+        frames of what is there that the leg continues at most (None: all of it), and frames that it adds.
 
     Raises:
         UserError: the window has no room for a prompt and a frame.
     """
-    if window is None or prompt + frames <= window:
+    if window is None:
         yield None, frames
         return
     if window < 2:
         raise UserError(f"window is {window} frames, expected 2 or more: a prompt and what is added")
-    keep = min(prompt, max(1, int(WINDOW_PROMPT * window)))
+    most = window - max(1, int(WINDOW_PROMPT * window))
     while frames > 0:
-        new = min(frames, window - keep)
-        yield keep, new
+        new = min(frames, most)
+        yield window - new, new
         frames -= new
-        keep = max(1, int(WINDOW_PROMPT * window))
+
+
+def check_frames(frames: int, least: int) -> None:
+    """Raises a UserError for numbers of frames that cannot be."""
+    if frames < 1:
+        raise UserError(f"max_new_tokens is {frames}, expected 1 or more")
+    if least < 0:
+        raise UserError(f"min_new_tokens is {least}, expected 0 or more")
 
 
 class Stream:
@@ -418,6 +425,7 @@ class Stream:
     ) -> None:
         if generator.sampling.stop_repetition:
             raise UserError("stop_repetition takes back frames, which a stream cannot; leave it at 0")
+        check_frames(frames, min_frames)
         self._generator, self._codec, self._prompt, self._stream = generator, codec, prompt, stream
         self._frames, self._min_frames, self._window, self._chunks = frames, min_frames, window, chunks
         self.generation: Generation | None = None
@@ -428,8 +436,8 @@ class Stream:
         decoder.prime(self._prompt)
         codes, log_probs, reason, done = self._prompt, [], "length", 0
         generator, chunks = self._generator, self._chunks
-        for keep, new in legs(len(self._prompt), self._frames, self._window):
-            x = (codes if keep is None else codes[-keep:])[None]
+        for room, new in legs(self._frames, self._window):
+            x = (codes if room is None else codes[-room:])[None]
             lens = torch.tensor([x.shape[1]], device=x.device)
             least = max(0, min(new, self._min_frames - done))
             loop = generator.open_loop(x, lens, [self._stream], new, least)
@@ -441,9 +449,10 @@ class Stream:
                 if end <= start:
                     continue
                 with generator.clock("nar"):
-                    piece = refine_piece(
-                        generator.model, history, loop.tokens[0, start:], end - start, chunks
-                    )
+                    tokens = loop.tokens[
+                        0, start : loop.done if running else end
+                    ]  # behind the end is nothing
+                    piece = refine_piece(generator.model, history, tokens, end - start, chunks)
                 codes, history, start = torch.cat([codes, piece]), torch.cat([history, piece]), end
                 wav = decoder.push(piece)
                 if wav.shape[1]:

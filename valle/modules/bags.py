@@ -11,14 +11,16 @@ such sums:
 Source: embedding bags, Naumov et al. (arXiv 1906.00091, section 3).
 """
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from valle.modules.cache import Cache
 
-CHUNK = 32  # columns of the transposed keys that lie together
-BLOCK = 256  # outputs of a matrix that one bag computes
+CHUNK = 64  # columns of the transposed keys that lie together
+BLOCK = 128  # outputs of a matrix that one bag computes, at most half of them: a lone bag takes a slow path
 
 
 def weighted_sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
@@ -47,23 +49,33 @@ class BagMatrix:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         out_features, in_features = weight.shape
         self.out_features, self.in_features = out_features, in_features
-        blocks = -(-out_features // BLOCK)
+        block = BLOCK if out_features > BLOCK else -(-out_features // 2)
+        blocks = -(-out_features // block)
         full = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
-        full = F.pad(full, (0, 0, 0, blocks * BLOCK - out_features))
+        full = F.pad(full, (0, 0, 0, blocks * block - out_features))
         width = full.shape[1]
-        self.table = full.view(blocks, BLOCK, width).transpose(1, 2).reshape(blocks * width, BLOCK)
+        self.table = full.view(blocks, block, width).transpose(1, 2).reshape(blocks * width, block)
         self.rows = torch.arange(blocks * width, dtype=torch.int32)
         self.starts = torch.arange(0, blocks * width, width, dtype=torch.int32)
-        with torch.inference_mode(False):  # written at every call, in whichever mode
-            self.inputs = torch.ones(blocks, width)  # behind the input, a one that takes the bias
-        self.slots = self.inputs[:, :in_features]
-        self.weights = self.inputs.view(-1)
+        self.shape = (blocks, width)
+        self.buffers = threading.local()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(1, I) -> (1, O)."""
-        self.slots.copy_(x)
-        out = weighted_sums(self.table, self.rows, self.starts, self.weights).view(1, -1)
+        try:
+            slots, weights = self.buffers.inputs
+        except AttributeError:
+            slots, weights = self._new_inputs()
+        slots.copy_(x)
+        out = weighted_sums(self.table, self.rows, self.starts, weights).view(1, -1)
         return out[:, : self.out_features]
+
+    def _new_inputs(self) -> tuple[Tensor, Tensor]:
+        """Where this thread puts its inputs, once for each block, and all of it as one row of weights."""
+        with torch.inference_mode(False):  # written at every call, in whichever mode
+            inputs = torch.ones(self.shape)  # behind the input, a one that takes the bias
+        self.buffers.inputs = (inputs[:, : self.in_features], inputs.view(-1))
+        return self.buffers.inputs
 
 
 class BagCache(Cache):

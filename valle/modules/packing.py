@@ -59,11 +59,12 @@ class PackedLinear(nn.Module):
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
         """The layer with "relu" or "gelu" behind it."""
-        return F.gelu(self(x)) if activation == "gelu" else F.relu(self(x))
+        y = self.forward(x)
+        return F.gelu(y) if activation == "gelu" else F.relu(y)
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + the layer."""
-        return residual + self(x)
+        return residual + self.forward(x)
 
 
 class OneDnnFloat(PackedLinear):
@@ -135,7 +136,6 @@ class DynamicInt8(PackedLinear):
             )
         self.bias = bias
         self.weight = torch.ops.quantized.linear_prepack(table, bias)
-        self.bare = torch.ops.quantized.linear_prepack(table, None)
         self.column_sums = whole.sum(1, dtype=torch.float32) * scale  # (O,)
         # Without VNNI, pairs of 8-bit products are summed in 16 bits: one bit less keeps them from overflowing.
         self.reduced = not torch.cpu._is_vnni_supported()
@@ -154,10 +154,12 @@ class DynamicInt8(PackedLinear):
             0, steps
         )  # the inputs as 0 … steps
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
-            whole, 1.0, 0, self.bare
+            whole, 1.0, 0, self.weight
         )
-        y = (y - zero * self.column_sums).mul_(scale)
-        return y if self.bias is None else y.add_(self.bias)
+        # That is W · whole + b, and W · (whole - zero) · scale + b is wanted.
+        if self.bias is None:
+            return (y - zero * self.column_sums).mul_(scale)
+        return y.sub_(torch.addcmul(self.bias, zero, self.column_sums)).mul_(scale).add_(self.bias)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,10 +200,13 @@ def pack(model: nn.Module, dtype: str) -> Any:
         dtype: one of `FORMATS`.
 
     Raises:
-        UserError: unknown format.
+        UserError: unknown format, or a model whose weights are not float32.
     """
     if dtype not in FORMATS:
         raise UserError(f"dtype is '{dtype}', expected one of {', '.join(FORMATS)}")
+    other = {item.dtype for item in model.parameters()} - {torch.float32}
+    if other:
+        raise UserError(f"the model's weights are {other.pop()}; keep them in float32 and give dtype='bf16'")
     formats = cast(Any, model).PACKING[dtype]
     with torch.inference_mode(False), torch.no_grad():
         shared: dict[int, Any] = {id(item): item for item in [*model.parameters(), *model.buffers()]}
@@ -237,7 +242,7 @@ _COPIES: "weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]]" = we
 
 def packed(model: nn.Module, dtype: str) -> Any:
     """`pack`, kept until the model's weights change."""
-    state = [(item.data_ptr(), item._version) for item in model.parameters()]
+    state = [(item.data_ptr(), 0 if item.is_inference() else item._version) for item in model.parameters()]
     copies = _COPIES.setdefault(model, {})
     kept = copies.get(dtype)
     if kept is None or kept[0] != state:

@@ -80,11 +80,10 @@ class Stepper:
             if rotation is not None:
                 turned = qkv.narrow(1, 0, 2 * heads)
                 turned = addcmul(turned * cosine, turned.roll(half, -1), sine)
-                query, key = turned.split(heads, 1)
-                value = qkv.narrow(1, 2 * heads, heads)
             else:
-                query, key, value = qkv.split(heads, 1)
-            x = project_out(store.attend(query, key, value), x)
+                turned = qkv
+            query, key = turned.narrow(1, 0, heads), turned.narrow(1, heads, heads)
+            x = project_out(store.attend(query, key, qkv.narrow(1, 2 * heads, heads)), x)
             if pre:
                 x = narrow(widen(layer_norm(x, *norm2), activation), x)
             else:

@@ -1,0 +1,102 @@
+"""The tuner, with a clock that stands still but for what the work itself takes."""
+
+import pytest
+
+from valle.utils import threads
+from valle.utils.threads import HOLD, TRIAL, ThreadTuner
+
+
+class Machine:
+    """Threads, a clock, and work that takes a time for each number of threads."""
+
+    def __init__(self, monkeypatch, most, seconds):
+        self.threads, self.now, self.seconds = most, 0.0, seconds
+        monkeypatch.setattr(threads.torch, "get_num_threads", lambda: self.threads)
+        monkeypatch.setattr(threads.torch, "set_num_threads", self.set)
+        monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
+        self.changes = 0
+
+    def set(self, number):
+        self.threads = number
+        self.changes += 1
+
+    def work(self, tuner, runs):
+        """How many threads each run had."""
+        used, before = [], self.threads
+        for _ in range(runs):
+            with tuner:
+                used.append(self.threads)
+                self.now += self.seconds[self.threads]
+            assert self.threads == before, "between the runs, everything is as it was"
+        return used
+
+
+@pytest.mark.parametrize("fastest", [1, 2, 4, 6])
+def test_the_fastest_number_is_kept(monkeypatch, fastest):
+    seconds = {number: 1.0 + abs(number - fastest) for number in (1, 2, 4, 6)}
+    machine = Machine(monkeypatch, 6, seconds)
+    tuner = ThreadTuner()
+    used = machine.work(tuner, 4 * TRIAL + HOLD)
+    assert used == [6] * TRIAL + [4] * TRIAL + [2] * TRIAL + [1] * TRIAL + [fastest] * HOLD
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_what_is_tried(monkeypatch, most):
+    machine = Machine(monkeypatch, most, dict.fromkeys(range(1, 9), 1.0))
+    used = machine.work(ThreadTuner(), 60)
+    assert set(used) == {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 8: {1, 2, 4, 8}}[most]
+
+
+def test_the_first_run_of_a_trial_does_not_count(monkeypatch):
+    """It pays for waking the threads, and for caches that another number has left behind."""
+    machine = Machine(monkeypatch, 2, {2: 100.0, 1: 100.0})
+    tuner = ThreadTuner()
+    machine.work(tuner, 1)
+    machine.seconds = {2: 1.0, 1: 0.001}
+    machine.work(tuner, TRIAL)
+    machine.seconds = {2: 1.0, 1: 2.0}
+    machine.work(tuner, TRIAL - 1)
+    assert set(machine.work(tuner, HOLD)) == {2}
+
+
+@pytest.mark.parametrize("slow", range(1, TRIAL))
+def test_one_slow_run_does_not_decide(monkeypatch, slow):
+    machine = Machine(monkeypatch, 2, {2: 1.0, 1: 3.0})
+    tuner = ThreadTuner()
+    for run in range(2 * TRIAL):
+        machine.seconds[2] = 50.0 if run == slow else 1.0  # another program came between
+        machine.work(tuner, 1)
+    assert set(machine.work(tuner, HOLD)) == {2}
+
+
+def test_a_machine_that_changes_is_noticed(monkeypatch):
+    machine = Machine(monkeypatch, 2, {2: 1.0, 1: 2.0})
+    tuner = ThreadTuner()
+    assert set(machine.work(tuner, 2 * TRIAL + HOLD)[2 * TRIAL :]) == {2}
+    machine.seconds = {2: 5.0, 1: 2.0}  # the figures of before are forgotten, also where they were better
+    used = machine.work(tuner, 2 * TRIAL + HOLD)
+    assert used[: 2 * TRIAL] == [2] * TRIAL + [1] * TRIAL and set(used[2 * TRIAL :]) == {1}
+    machine.seconds = {2: 1.0, 1: 2.0}
+    assert set(machine.work(tuner, 2 * TRIAL + HOLD)[2 * TRIAL :]) == {2}
+
+
+def test_the_number_is_restored_when_the_work_fails(monkeypatch):
+    machine = Machine(monkeypatch, 4, {4: 1.0, 2: 1.0, 1: 1.0})
+    tuner = ThreadTuner()
+    seen = set()
+    for _ in range(3 * TRIAL + 1):
+        with pytest.raises(ZeroDivisionError), tuner:
+            seen.add(machine.threads)
+            1 / 0  # noqa: B018
+        assert machine.threads == 4
+    assert seen == {1, 2, 4}
+
+
+def test_one_thread_is_left_alone(monkeypatch):
+    machine = Machine(monkeypatch, 1, {1: 1.0})
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: pytest.fail("nothing to measure"))
+    tuner = ThreadTuner()
+    for _ in range(20):
+        with tuner:
+            assert machine.threads == 1
+    assert machine.changes == 0
