@@ -33,11 +33,24 @@ class Machine:
 
 @pytest.mark.parametrize("fastest", [1, 2, 4, 6])
 def test_the_fastest_number_is_kept(monkeypatch, fastest):
-    seconds = {number: 1.0 + abs(number - fastest) for number in (1, 2, 4, 6)}
+    seconds = {number: 1.0 + abs(number - fastest) / 20 for number in (1, 2, 4, 6)}
     machine = Machine(monkeypatch, 6, seconds)
     tuner = ThreadTuner()
     used = machine.work(tuner, 4 * TRIAL + HOLD)
     assert used == [6] * TRIAL + [4] * TRIAL + [2] * TRIAL + [1] * TRIAL + [fastest] * HOLD
+
+
+def test_a_hopeless_number_costs_one_run(monkeypatch):
+    machine = Machine(monkeypatch, 4, {4: 1.0, 2: 9.0, 1: 1.1})
+    assert machine.work(ThreadTuner(), 2 * TRIAL + 3) == [4] * TRIAL + [2] + [1] * TRIAL + [4] * 2
+
+
+def test_the_longer_a_number_is_the_best_the_less_is_tried(monkeypatch):
+    machine = Machine(monkeypatch, 2, {2: 1.0, 1: 1.1})
+    used = machine.work(ThreadTuner(), 6000)
+    tried = [run for run in range(1, 6000) if used[run] == 1 and used[run - 1] == 2]
+    gaps = [later - earlier - 2 * TRIAL for earlier, later in zip(tried, tried[1:], strict=False)]
+    assert gaps[:5] == [HOLD, 2 * HOLD, 4 * HOLD, 8 * HOLD, 8 * HOLD]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
@@ -72,12 +85,11 @@ def test_one_slow_run_does_not_decide(monkeypatch, slow):
 def test_a_machine_that_changes_is_noticed(monkeypatch):
     machine = Machine(monkeypatch, 2, {2: 1.0, 1: 2.0})
     tuner = ThreadTuner()
-    assert set(machine.work(tuner, 2 * TRIAL + HOLD)[2 * TRIAL :]) == {2}
-    machine.seconds = {2: 5.0, 1: 2.0}  # the figures of before are forgotten, also where they were better
-    used = machine.work(tuner, 2 * TRIAL + HOLD)
-    assert used[: 2 * TRIAL] == [2] * TRIAL + [1] * TRIAL and set(used[2 * TRIAL :]) == {1}
-    machine.seconds = {2: 1.0, 1: 2.0}
-    assert set(machine.work(tuner, 2 * TRIAL + HOLD)[2 * TRIAL :]) == {2}
+    for slower, best in (({2: 5.0, 1: 2.0}, 1), ({2: 1.0, 1: 2.0}, 2)):
+        machine.work(tuner, HOLD)
+        machine.seconds = slower  # the figures of before are forgotten, also where they were better
+        machine.work(tuner, 10 * HOLD)
+        assert tuner.best == best
 
 
 def test_the_number_is_restored_when_the_work_fails(monkeypatch):

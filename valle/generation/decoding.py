@@ -18,6 +18,7 @@ from torch import Tensor
 
 from valle.generation.sampling import Sampling, sample, uniforms
 from valle.utils.errors import UserError
+from valle.utils.threads import one_thread
 
 LONGEST_PERIOD = 8  # frames, of what counts as a repetition
 
@@ -148,6 +149,7 @@ class FrameLoop:
         self._log_probs = torch.zeros(max(limits), batch, device=self._device)
 
     @torch.no_grad()
+    @one_thread()
     def advance(self, frames: int | None = None) -> bool:
         """Draw `frames` more frames, fewer if all rows end before; None: to the end.
 

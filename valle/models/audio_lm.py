@@ -203,9 +203,8 @@ class AudioLM(nn.Module):
         if y_lens is not None:
             y = y.masked_fill(~lengths_to_mask(y_lens, y.shape[1]), 0)
         if cache is not None and cache.length > 0:
-            columns = cache.columns(y.shape[1])
-            positions = columns - (cache.starts + cache.position_shift)[:, None]
-            hidden = self.ar_decoder(self._ar_embed(y), positions, cache.mask(columns), cache)
+            frames = y.shape[1]
+            hidden = self.ar_decoder(self._ar_embed(y), cache.positions(frames), cache.mask(frames), cache)
             return self.ar_predict_layer(hidden)
 
         prompt = self.ar_audio_prenet(

@@ -94,10 +94,18 @@ class BagCache(Cache):
         self.chunks = -(-capacity // CHUNK)
         self.layers = [BagLayer(self) for _ in range(num_layers)]
         self._built = (0, 0)
+        self._first = torch.zeros(0, 1)  # (rows, 1) position of column 0, for as many rows as it was made for
 
-    def mask(self, columns: Tensor) -> None:
+    def mask(self, count: int) -> None:
         """None: `BagLayer.attend` hides by itself what a row must not see."""
         return None
+
+    def positions(self, count: int) -> Tensor:
+        if count != 1:
+            raise RuntimeError(f"{count} frames at once: behind the prompt, this cache takes one at a time")
+        if len(self._first) != self.rows:
+            self._first = -(self.starts + self.position_shift)[:, None]
+        return self._first + self.length
 
     def make_room(self) -> None:
         """Take one more column; `BagLayer.attend` of every layer then fills and reads it."""
@@ -136,7 +144,7 @@ class BagCache(Cache):
 
     def drop(self, row: int) -> None:
         super().drop(row)
-        self._built = (0, 0)
+        self._built, self._first = (0, 0), self._first[:0]
 
 
 class BagLayer:

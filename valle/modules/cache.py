@@ -42,12 +42,16 @@ class Cache:
         """(count,) columns of the next frames."""
         return self.length + torch.arange(count, device=self.starts.device)
 
-    def mask(self, columns: Tensor) -> Tensor | None:
-        """Who may be seen from the next frames' `columns`, (rows, 1, count, keys); None: everything."""
-        if not self.ragged and len(columns) == 1:
+    def positions(self, count: int) -> Tensor:
+        """(rows, count) places in time of the next frames."""
+        return self.columns(count) - (self.starts + self.position_shift)[:, None]
+
+    def mask(self, count: int) -> Tensor | None:
+        """Who may be seen from the next frames, (rows, 1, count, keys); None: everything."""
+        if not self.ragged and count == 1:
             return None
-        keys = torch.arange(self.length + len(columns), device=columns.device)
-        return prefix_causal_mask(self.starts, self.prompt_lens, columns, keys)
+        keys = torch.arange(self.length + count, device=self.starts.device)
+        return prefix_causal_mask(self.starts, self.prompt_lens, self.columns(count), keys)
 
     def drop(self, row: int) -> None:
         """Take a row out; the last one takes its place."""
@@ -145,9 +149,9 @@ class GraphCache(KVCache):
     def columns(self, count: int) -> Tensor:
         return self.column
 
-    def mask(self, columns: Tensor) -> Tensor:
-        keys = torch.arange(self.bucket, device=columns.device)
-        return prefix_causal_mask(self.starts, self.prompt_lens, columns, keys)
+    def mask(self, count: int) -> Tensor:
+        keys = torch.arange(self.bucket, device=self.column.device)
+        return prefix_causal_mask(self.starts, self.prompt_lens, self.column, keys)
 
     def drop(self, row: int) -> None:
         last = self.rows - 1

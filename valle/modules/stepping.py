@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from valle.modules.bags import BagCache
+from valle.modules.bags import CHUNK, BagCache
 
 if TYPE_CHECKING:
     from valle.modules.transformer import Transformer
@@ -37,6 +37,8 @@ class Stepper:
 
     def __init__(self, transformer: "Transformer") -> None:
         self.nhead, self.head_dim = transformer.nhead, transformer.head_dim
+        self.rotary = transformer.rotary
+        self.table = torch.zeros(0, 2, self.head_dim)  # (positions, 2, d) cosines and sines
         self.layers: list[_Layer] = []
         self.norm: Norm | None = None
         if transformer.adaptive:
@@ -59,25 +61,31 @@ class Stepper:
         self.norm = _norm(transformer.norm) if transformer.norm is not None else None
         self.activation = transformer.layers[0].activation_name
 
-    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: BagCache) -> Tensor:
-        """(rows, 1, D) float32 -> (rows, 1, D); the cache grows by one column."""
-        if x.shape[1] != 1:
-            raise RuntimeError(
-                f"{x.shape[1]} frames at once: behind the prompt, this cache takes one at a time"
-            )
+    def _rotations(self, positions: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Cosines, and sines with the first half negative, of positions (rows, 1) < columns: (rows, 1, d) each."""
+        if len(self.table) < columns:
+            assert self.rotary is not None
+            cosine, sine = self.rotary(torch.arange(columns))
+            half = self.head_dim // 2
+            sine = torch.cat([-sine[..., :half], sine[..., half:]], -1)
+            self.table = torch.stack([cosine[0, 0], sine[0, 0]], 1)
+        found = self.table.index_select(0, positions.view(-1))
+        return found.narrow(1, 0, 1), found.narrow(1, 1, 1)
+
+    def __call__(self, x: Tensor, positions: Tensor, cache: BagCache) -> Tensor:
+        """(rows, 1, D) float32 at `positions` (rows, 1) -> (rows, 1, D); the cache grows by one column."""
         cache.make_room()
         rows, _, dim = x.shape
         x = x.view(rows, dim)
         heads, half, pre, activation = self.nhead, self.head_dim // 2, self.norm_first, self.activation
         split = (rows, 3 * heads, self.head_dim)
         layer_norm, addcmul = torch.layer_norm, torch.addcmul
-        if rotation is not None:
-            cosine, sine = rotation[0][:, 0], rotation[1][:, 0]  # (rows or 1, 1, d)
-            sine = torch.cat([-sine[..., :half], sine[..., half:]], -1)
+        if self.rotary is not None:
+            cosine, sine = self._rotations(positions, cache.chunks * CHUNK)
         for layer, store in zip(self.layers, cache.layers, strict=True):
             norm1, project_in, project_out, norm2, widen, narrow = layer
             qkv = project_in(layer_norm(x, *norm1) if pre else x).view(split)
-            if rotation is not None:
+            if self.rotary is not None:
                 turned = qkv.narrow(1, 0, 2 * heads)
                 turned = addcmul(turned * cosine, turned.roll(half, -1), sine)
             else:

@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         self.nhead, self.head_dim, self.adaptive = nhead, dim // nhead, adaptive
         # Set in packed copies (valle/modules/packing.py): their number format, and what computes a single frame.
         self.packed_dtype: str | None = None
-        self.stepper: Callable[[Tensor, Rotation | None, BagCache], Tensor]
+        self.stepper: Callable[[Tensor, Tensor, BagCache], Tensor]
         self.rotary = RotaryPositions(self.head_dim) if position == "rope" else None
         self.sine = SinePositions(dim) if position == "sine" else None
         self.dropout = nn.Dropout(dropout)
@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         if self.sine is not None:
             x = self.sine(x, positions)
         if isinstance(cache, BagCache) and cache.length > 0:
-            return self.stepper(x, self.rotary(positions) if self.rotary is not None else None, cache)
+            return self.stepper(x, positions, cache)
         rotation = self.rotary(positions) if self.rotary is not None else None
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):
