@@ -41,6 +41,7 @@ from valle.codecs import load_codec
 from valle.codecs.spectral_codec import SpectralCodec
 from valle.config import option, parse, to_dict
 from valle.models.audio_lm import AudioLM
+from valle.modules.bags import BagMatrix
 from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.files import write_json
@@ -168,6 +169,12 @@ def _dynamic(engine: str) -> Callable[[Tensor, Tensor | None, int], Kernel]:
     return build
 
 
+def _summed(weight: Tensor, bias: Tensor | None, batch: int) -> Kernel:
+    if batch > 1:
+        raise RuntimeError("for a single row only")
+    return BagMatrix(weight, bias)
+
+
 class Candidate(NamedTuple):
     """A kernel: the format of its inputs, and what prepares a weight for a batch size."""
 
@@ -179,6 +186,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     "fp32": {
         "F.linear": Candidate(torch.float32, _stock),
         "oneDNN pre-packed": Candidate(torch.float32, _packed),
+        "sums over table rows": Candidate(torch.float32, _summed),
     },
     "bf16": {
         "F.linear": Candidate(torch.bfloat16, _stock),
@@ -269,7 +277,8 @@ def screen(dtype: str, weights: Weights, batch: int, threads: int, seconds: floa
 
 def copy_bandwidth(threads: int, size: int = COPY_BYTES) -> float:
     """Bytes per second that a copy reads and writes, with one or with all threads, whichever is faster."""
-    source, target = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    # Filled: pages that nobody has written to are all one and the same.
+    source, target = (torch.full((size,), fill, dtype=torch.uint8) for fill in (1, 2))
     return max(
         2 * size / time_loop(BareLoop("copy", used, lambda: [target.copy_(source)]), 0.0)
         for used in {1, threads}
