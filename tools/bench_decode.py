@@ -41,7 +41,6 @@ from valle.codecs import load_codec
 from valle.codecs.spectral_codec import SpectralCodec
 from valle.config import option, parse, to_dict
 from valle.models.audio_lm import AudioLM
-from valle.modules.bags import BagMatrix
 from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.files import write_json
@@ -136,6 +135,10 @@ def _packed(weight: Tensor, bias: Tensor | None, batch: int) -> Kernel:
     return lambda x: ops._linear_pointwise(x, reordered, bias, "none", [], "")
 
 
+def _packed_for_16(weight: Tensor, bias: Tensor | None, batch: int) -> Kernel:
+    return _packed(weight, bias, 16)
+
+
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 by output channel: integers (out, in), scales (out,)."""
     scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127
@@ -169,12 +172,6 @@ def _dynamic(engine: str) -> Callable[[Tensor, Tensor | None, int], Kernel]:
     return build
 
 
-def _summed(weight: Tensor, bias: Tensor | None, batch: int) -> Kernel:
-    if batch > 1:
-        raise RuntimeError("for a single row only")
-    return BagMatrix(weight, bias)
-
-
 class Candidate(NamedTuple):
     """A kernel: the format of its inputs, and what prepares a weight for a batch size."""
 
@@ -186,11 +183,12 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     "fp32": {
         "F.linear": Candidate(torch.float32, _stock),
         "oneDNN pre-packed": Candidate(torch.float32, _packed),
-        "sums over table rows": Candidate(torch.float32, _summed),
+        "oneDNN pre-packed for 16 rows": Candidate(torch.float32, _packed_for_16),
     },
     "bf16": {
         "F.linear": Candidate(torch.bfloat16, _stock),
         "oneDNN pre-packed": Candidate(torch.bfloat16, _packed),
+        "oneDNN pre-packed for 16 rows": Candidate(torch.bfloat16, _packed_for_16),
     },
     "int8": {
         "int8 weights only, bf16 inputs": Candidate(torch.bfloat16, _weight_only),

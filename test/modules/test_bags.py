@@ -1,10 +1,9 @@
-"""Sums over table rows against the plain products and the plain attention that they stand for."""
+"""Sums over table rows against plain sums and the plain attention that they stand for."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from valle.modules.bags import CHUNK, BagCache, BagMatrix, weighted_sums
+from valle.modules.bags import CHUNK, BagCache, weighted_sums
 
 HEADS, DIM = 3, 4
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
@@ -25,29 +24,6 @@ def test_weighted_sums_are_sums_of_weighted_rows(dtype):
             place += 1
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize(("out_features", "in_features"), [(2049, 32), (256, 17), (257, 3), (1, 1), (5, 64)])
-def test_a_matrix_of_bags_is_a_linear_layer(out_features, in_features, has_bias):
-    torch.manual_seed(out_features)
-    weight = torch.randn(out_features, in_features)
-    bias = torch.randn(out_features) if has_bias else None
-    matrix = BagMatrix(weight, bias)
-    inputs = torch.randn(3, 1, in_features)
-    found = [matrix(x) for x in inputs]  # one after the other: the first result must outlive the later calls
-    for x, y in zip(inputs, found, strict=True):
-        torch.testing.assert_close(y, F.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
-
-
-def test_a_matrix_made_while_generating_also_serves_elsewhere():
-    """`generate` works in inference mode, and whoever calls the packed copy by hand may not."""
-    with torch.inference_mode():
-        matrix = BagMatrix(torch.randn(5, 4), None)
-        x = torch.randn(1, 4)
-        first = matrix(x)
-    with torch.no_grad():
-        assert torch.equal(matrix(x.clone()), first)
 
 
 class Recording:

@@ -1,17 +1,14 @@
-"""Attention and products of one frame, as sums over the rows of a table ("bags").
+"""Attention of one frame over cached keys and values, as sums over the rows of a table ("bags").
 
-Generating one frame for one row is bound by memory: every weight and every cached key and value is read once.
-PyTorch's `embedding_bag` (FBGEMM's kernel: weighted sums of table rows, with prefetch) reads at the speed of the
-memory where general matrix products, made for many rows, do not; docs/generation.md has the figures. Two things are
-such sums:
+Generating one frame for one row is bound by memory: every cached key and value is read once. PyTorch's
+`embedding_bag` (FBGEMM's kernel: weighted sums of table rows, with prefetch) comes near the speed of the memory where
+general products and fused attention, made for many queries, do not; docs/generation.md has the figures.
 
-    W x           = sum_i x_i · W[:, i]                     rows of the transposed weight
-    softmax(qK) V = sum_t p_t · V[t],  (qK)_t = sum_i q_i · K[i, t]      rows of V, rows of the transposed K
+    (q K)_t       = sum_i q_i · K[i, t]      rows of the transposed keys, a chunk of columns each
+    softmax(qK) V = sum_t p_t · V[t]         rows of the values
 
 Source: embedding bags, Naumov et al. (arXiv 1906.00091, section 3).
 """
-
-import threading
 
 import torch
 from torch import Tensor
@@ -20,7 +17,6 @@ from torch.nn import functional as F
 from valle.modules.cache import Cache
 
 CHUNK = 64  # columns of the transposed keys that lie together
-BLOCK = 128  # outputs of a matrix that one bag computes, at most half of them: a lone bag takes a slow path
 
 
 def weighted_sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
@@ -36,46 +32,6 @@ def weighted_sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) 
         (bags, D), of the table's dtype.
     """
     return torch.embedding_bag(table, rows, starts, False, 0, False, weights, False)[0]
-
-
-class BagMatrix:
-    """W x + b for one float32 vector at the memory's speed.
-
-    Args:
-        weight: (O, I).
-        bias: (O,) or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        out_features, in_features = weight.shape
-        self.out_features, self.in_features = out_features, in_features
-        block = BLOCK if out_features > BLOCK else -(-out_features // 2)
-        blocks = -(-out_features // block)
-        full = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
-        full = F.pad(full, (0, 0, 0, blocks * block - out_features))
-        width = full.shape[1]
-        self.table = full.view(blocks, block, width).transpose(1, 2).reshape(blocks * width, block)
-        self.rows = torch.arange(blocks * width, dtype=torch.int32)
-        self.starts = torch.arange(0, blocks * width, width, dtype=torch.int32)
-        self.shape = (blocks, width)
-        self.buffers = threading.local()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(1, I) -> (1, O)."""
-        try:
-            slots, weights = self.buffers.inputs
-        except AttributeError:
-            slots, weights = self._new_inputs()
-        slots.copy_(x)
-        out = weighted_sums(self.table, self.rows, self.starts, weights).view(1, -1)
-        return out[:, : self.out_features]
-
-    def _new_inputs(self) -> tuple[Tensor, Tensor]:
-        """Where this thread puts its inputs, once for each block, and all of it as one row of weights."""
-        with torch.inference_mode(False):  # written at every call, in whichever mode
-            inputs = torch.ones(self.shape)  # behind the input, a one that takes the bias
-        self.buffers.inputs = (inputs[:, : self.in_features], inputs.view(-1))
-        return self.buffers.inputs
 
 
 class BagCache(Cache):

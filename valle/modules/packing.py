@@ -4,7 +4,7 @@
 weights and no parameters. The same code runs it (`ar_logits`, `nar_logits`); docs/generation.md has the figures by
 which the kernels were chosen:
 
-    fp32  oneDNN with weights laid out once; one frame of one row: bags (see valle/modules/bags.py)
+    fp32  oneDNN with weights laid out once
     bf16  oneDNN with weights laid out once, bfloat16 products summed in float32; the residual stream stays float32
     int8  weights by output channel, inputs by frame (LLM.int8(), arXiv 2208.07339, section 2.1, "row-wise"); FBGEMM
 
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valle.modules.bags import BagMatrix
 from valle.modules.stepping import Stepper
 from valle.modules.transformer import AdaptiveLayerNorm, SelfAttention, Transformer
 from valle.utils.errors import UserError
 
+# The batch for which oneDNN lays out weights: the layout for 16 rows is read as fast as any at every batch, the one for
+# a single row takes half as long again in float32.
+LAYOUT_ROWS = 16
 SMALLEST_SCALE = 6.1e-5  # of 8-bit inputs, in FBGEMM
 FORMATS = ("fp32", "bf16", "int8")
 Activation = str | None
@@ -67,56 +69,27 @@ class PackedLinear(nn.Module):
         return residual + self.forward(x)
 
 
-class OneDnnFloat(PackedLinear):
-    """float32: bags for a single frame, oneDNN else. Either form is made when it is first needed."""
+class OneDnnLinear(PackedLinear):
+    """float32, or bfloat16 weights and products with float32 sums and a bfloat16 result; laid out once."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.source, self.bias = weight, bias
-        self.blocked: Any = None
-        self.bags: BagMatrix | None = None
+        self.dtype = dtype
+        self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), LAYOUT_ROWS)
+        self.bias = bias.to(dtype) if bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:
-            return self._single(x).view(*x.shape[:-1], -1)
-        return _pointwise(x, self._blocked(), self.bias, "none", [], "")
-
-    def _single(self, x: Tensor) -> Tensor:
-        if self.bags is None:
-            self.bags = BagMatrix(self.source, self.bias)
-        return self.bags(x.view(1, -1))
-
-    def _blocked(self) -> Any:
-        if self.blocked is None:
-            self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.source, 1)
-        return self.blocked
+        return _pointwise(x.to(self.dtype), self.blocked, self.bias, "none", [], "")
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
-        if x.shape[0] == 1:
-            y = self._single(x)
-            return F.gelu(y) if activation == "gelu" else F.relu(y)
-        return _pointwise(x, self._blocked(), self.bias, activation, [None], _algorithm(activation))
+        return _pointwise(
+            x.to(self.dtype), self.blocked, self.bias, activation, [None], _algorithm(activation)
+        )
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
-        x = x.to(residual.dtype)
-        if x.shape[0] == 1:
-            return residual + self._single(x)
-        return _pointwise_binary(x, residual, self._blocked(), self.bias, "add")
-
-
-class OneDnnBfloat16(PackedLinear):
-    """bfloat16 weights and products, float32 sums; the result is bfloat16."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        nn.Module.__init__(self)
-        self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), 1)
-        self.bias = bias.bfloat16() if bias is not None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _pointwise(x.bfloat16(), self.blocked, self.bias, "none", [], "")
-
-    def activated(self, x: Tensor, activation: str) -> Tensor:
-        return _pointwise(x.bfloat16(), self.blocked, self.bias, activation, [None], _algorithm(activation))
+        if self.dtype != residual.dtype:
+            return residual + self.forward(x)
+        return _pointwise_binary(x.to(self.dtype), residual, self.blocked, self.bias, "add")
 
 
 class DynamicInt8(PackedLinear):
@@ -145,8 +118,7 @@ class DynamicInt8(PackedLinear):
         if x.numel() == x.shape[-1]:
             return torch.ops.quantized.linear_dynamic.default(x, self.weight, self.reduced)
         steps = 127 if self.reduced else 255
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)
-        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
+        low, high = x.amin(-1, keepdim=True).clamp_(max=0.0), x.amax(-1, keepdim=True).clamp_(min=0.0)
         scale = ((high - low) / steps).clamp_(min=1e-30)
         zero = (-low / scale).round_()
         scale = scale.clamp(min=SMALLEST_SCALE)
@@ -186,9 +158,9 @@ def pack_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> PackedLinear
         if dtype == "int8":
             return DynamicInt8(weight, bias)
         if dtype == "fp32":
-            return OneDnnFloat(weight, bias)
+            return OneDnnLinear(weight, bias, torch.float32)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return OneDnnBfloat16(weight, bias)
+            return OneDnnLinear(weight, bias, torch.bfloat16)
     return PackedLinear(weight, bias, dtype)
 
 
