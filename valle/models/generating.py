@@ -449,9 +449,8 @@ class Stream:
                 if end <= start:
                     continue
                 with generator.clock("nar"):
-                    tokens = loop.tokens[
-                        0, start : loop.done if running else end
-                    ]  # behind the end is nothing
+                    known = loop.done if running else end  # behind the end is nothing
+                    tokens = loop.tokens[0, start:known]
                     piece = refine_piece(generator.model, history, tokens, end - start, chunks)
                 codes, history, start = torch.cat([codes, piece]), torch.cat([history, piece]), end
                 wav = decoder.push(piece)

@@ -94,12 +94,14 @@ class LayerCache:
 class KVCache(Cache):
     """Keys and values side by side, for PyTorch's attention: any device, any number of frames at once."""
 
+    layer_type: type[LayerCache] = LayerCache
+
     def __init__(
         self, num_layers: int, batch: int, nhead: int, capacity: int, head_dim: int, like: Tensor
     ) -> None:
         super().__init__(batch, like.device)
         shape = (batch, nhead, capacity, head_dim)
-        self.layers = [LayerCache(self, shape, like) for _ in range(num_layers)]
+        self.layers = [self.layer_type(self, shape, like) for _ in range(num_layers)]
 
 
 class GraphLayerCache(LayerCache):
@@ -128,13 +130,13 @@ class GraphCache(KVCache):
     is not filled yet. Rows that leave stay in the shapes, behind the others.
     """
 
+    layer_type = GraphLayerCache
+
     def __init__(
         self, num_layers: int, batch: int, nhead: int, capacity: int, head_dim: int, like: Tensor
     ) -> None:
         capacity = -(-capacity // BUCKET) * BUCKET
         super().__init__(num_layers, batch, nhead, capacity, head_dim, like)
-        shape = (batch, nhead, capacity, head_dim)
-        self.layers = [GraphLayerCache(self, shape, like) for _ in range(num_layers)]
         for layer in self.layers:  # read before they are filled, with weight 0
             layer.keys.zero_(), layer.values.zero_()
         self.column = torch.zeros(1, dtype=torch.long, device=like.device)

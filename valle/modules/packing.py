@@ -30,7 +30,6 @@ from valle.utils.errors import UserError
 LAYOUT_ROWS = 16
 SMALLEST_SCALE = 6.1e-5  # of 8-bit inputs, in FBGEMM
 FORMATS = ("fp32", "bf16", "int8")
-Activation = str | None
 
 
 class PackedLinear(nn.Module):
@@ -122,9 +121,8 @@ class DynamicInt8(PackedLinear):
         scale = ((high - low) / steps).clamp_(min=1e-30)
         zero = (-low / scale).round_()
         scale = scale.clamp(min=SMALLEST_SCALE)
-        whole = torch.round(torch.addcmul(zero, x, scale.reciprocal())).clamp_(
-            0, steps
-        )  # the inputs as 0 … steps
+        # The inputs as 0 … steps.
+        whole = torch.round(torch.addcmul(zero, x, scale.reciprocal())).clamp_(0, steps)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
             whole, 1.0, 0, self.weight
         )

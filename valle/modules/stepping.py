@@ -55,7 +55,7 @@ class Stepper:
                     _norm(layer.norm2),
                     widen.activated,
                     narrow.added,
-                )  # fmt: skip
+                )
             )
         self.norm_first = transformer.norm is not None
         self.norm = _norm(transformer.norm) if transformer.norm is not None else None
