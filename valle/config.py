@@ -121,6 +121,9 @@ class TrainConfig:
     master_port: int = option(12354, "port on which the processes meet")
     seed: int = option(42, "seed of everything random")
     log_interval: int = option(50, "steps between two log lines")
+    sample_interval: int = option(
+        0, "steps between two sets of audio samples (prompt, codec, AR, AR + NAR); 0: none"
+    )
     valid_interval: int = option(0, "steps between two validations; 0: at the end of each epoch")
     save_every_n: int = option(0, "steps between two checkpoint-<step>.pt; 0: only at the end of epochs")
     keep_last_k: int = option(5, "checkpoint-<step>.pt and epoch-N.pt files to keep of each kind")

@@ -24,7 +24,7 @@ from torch import Tensor
 from valle.codecs import Codec, matching_codec
 from valle.codecs.streaming import StreamDecoder
 from valle.config import option, parse
-from valle.engine.trainer import pick_device
+from valle.engine.devices import pick_device
 from valle.generation.chunks import CHUNK_SECONDS, LOOKAHEAD_SECONDS, Chunks, default_chunks
 from valle.generation.sampling import Sampling
 from valle.models import AudioLM, Generation, load_model

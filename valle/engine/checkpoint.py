@@ -4,23 +4,66 @@ Names: `epoch-N.pt`, `checkpoint-<step>.pt`, `best-valid-loss.pt`, `best-train-l
 `best-valid-loss-stage<S>.pt` as well, for the next stage to start from.
 """
 
+import logging
+import os
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from valle.utils.checkpoints import load_checkpoint
+from valle.utils.errors import UserError
 from valle.utils.files import atomic_path
 
-__all__ = ["load_checkpoint", "numbered_checkpoints", "remove_old", "save_checkpoint"]
+__all__ = [
+    "NumberedCheckpoint",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "numbered_checkpoints",
+    "remove_old",
+    "save_checkpoint",
+]
+log = logging.getLogger(__name__)
 NUMBERED = {"epoch": re.compile(r"^epoch-(\d+)\.pt$"), "checkpoint": re.compile(r"^checkpoint-(\d+)\.pt$")}
 
 
-def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """Write `contents` (tensors and plain Python values) to `path`, atomically."""
-    with atomic_path(path) as temporary:
+class NumberedCheckpoint(NamedTuple):
+    """Where a checkpoint stands; the greatest is the newest."""
+
+    step: int
+    epoch: int
+    path: Path
+    stage: int
+
+
+def save_checkpoint(folder: Path, names: Sequence[str], contents: dict[str, Any]) -> None:
+    """Write `contents` (tensors and plain Python values) into `folder` under each name, atomically, and once."""
+    first = folder / names[0]
+    with atomic_path(first) as temporary:
         torch.save(contents, temporary)
+    for name in names[1:]:
+        with atomic_path(folder / name) as temporary:
+            temporary.unlink()
+            try:
+                os.link(first, temporary)  # the same bytes: never written to again, only replaced
+            except OSError:  # a file system without links
+                shutil.copyfile(first, temporary)
+
+
+def newest_checkpoint(folder: Path, stage: int | None = None) -> NumberedCheckpoint | None:
+    """The newest numbered checkpoint that can be read (of a stage); damaged ones are named."""
+    found = []
+    for path in (path for kind in NUMBERED for _, path in numbered_checkpoints(folder, kind)):
+        try:
+            contents = load_checkpoint(path)
+        except UserError as error:
+            log.warning("%s; the one before it is used", error)
+            continue
+        found.append(NumberedCheckpoint(contents["step"], contents["epoch"], path, contents["train_stage"]))
+    return max((entry for entry in found if stage in (None, entry.stage)), default=None)
 
 
 def numbered_checkpoints(folder: Path, kind: str) -> list[tuple[int, Path]]:

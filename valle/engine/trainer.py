@@ -5,11 +5,13 @@ a source of batches gives `epoch(number, skip)`. The engine divides the summed g
 all accumulated batches and ranks, so an update does not depend on how its targets were split into batches.
 
 One step: batches -> forward, backward (sums) -> gradient / targets -> finite? -> optimizer.
+
+Everything that decides about the next step is in the checkpoint, and nothing else decides: a training that was killed
+goes on as if it had not been (time limits aside).
 """
 
 import contextlib
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,27 +22,35 @@ from torch import nn
 
 from valle import __version__
 from valle.config import TrainConfig
-from valle.engine.checkpoint import load_checkpoint, numbered_checkpoints, remove_old, save_checkpoint
+from valle.engine.checkpoint import (
+    NumberedCheckpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
+from valle.engine.devices import peak_memory, pick_device, rng_state, set_rng_state, to_device
+from valle.engine.guard import Guard
 from valle.engine.metrics import MetricSums, MetricWriter
 from valle.engine.optimizers import OPTIMIZERS
+from valle.engine.parallel import Parallel
 from valle.engine.schedules import SCHEDULES
 from valle.utils import distributed
 from valle.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_BAD_STEPS = 10  # non-finite steps in a row that end a training
 
 
 class StageLoss(Protocol):
-    """What `compute_loss` gives."""
+    """What `compute_loss` gives. Sums may be tensors on the device: the engine reads them when it must."""
 
     @property
     def loss(self) -> torch.Tensor: ...
     @property
     def num_targets(self) -> int: ...
     @property
-    def metrics(self) -> dict[str, tuple[float, int]]: ...
+    def metrics(self) -> dict[str, tuple[Any, int]]: ...
 
 
 class Trainable(Protocol):
@@ -53,9 +63,21 @@ class Trainable(Protocol):
 
 
 class BatchSource(Protocol):
-    """What the engine needs of the data: the same epoch number gives the same batches."""
+    """What the engine needs of the data.
+
+    The same epoch number gives the same batches, and every rank gets the same number of them. A rank for which nothing
+    is left gets a filler, a batch with `"filler": True` whose loss does not count.
+    """
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]: ...
+
+
+class SampleMaker(Protocol):
+    """What makes audio to listen to while training: tags -> (C, N) waveforms, with their rate in Hz."""
+
+    sample_rate: int
+
+    def make(self, model: Any, stage: int) -> dict[str, torch.Tensor]: ...
 
 
 class Trainer:
@@ -66,6 +88,7 @@ class Trainer:
         config: the engine's settings.
         train, valid: sources of batches.
         saved: what checkpoints keep besides the engine's state: `config`, `codec`, `text_symbols`.
+        samples: makes audio every `--sample-interval` steps.
     """
 
     def __init__(
@@ -75,35 +98,42 @@ class Trainer:
         train: BatchSource,
         valid: BatchSource | None,
         saved: dict[str, Any],
+        samples: SampleMaker | None = None,
     ) -> None:
         self.config, self.train_source, self.valid_source, self.saved = config, train, valid, saved
+        self.samples = samples
         self.exp_dir = Path(config.exp_dir)
         self.device = pick_device(config.device)
-        self.model = model.to(self.device)
         self.dtype = DTYPES[config.dtype]
-        self.stage = config.train_stage
-        trained = list(model.stage_parameters(self.stage))
-        if not trained:
+        self.stage = int(config.train_stage)
+        names = {name for name, _ in model.stage_parameters(self.stage)}
+        if not names:
             raise UserError(f"--train-stage {self.stage} trains no parameter of this model")
-        names = {name for name, _ in trained}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
-        self.trained = trained
-        self.optimizer = OPTIMIZERS[config.optimizer_name](trained, config)
+        self.model = model.to(self.device)
+        self.parallel = Parallel(self.model)
+        # Taken now: sharding puts other parameters in the place of the model's.
+        self.trained = list(model.stage_parameters(self.stage))
+        self.parameters = [parameter for _, parameter in self.trained]
+        self.optimizer = OPTIMIZERS[config.optimizer_name](self.trained, config)
         self.schedule = SCHEDULES[config.scheduler_name](config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.guard = Guard(self.exp_dir, self.trained, config.inf_check)
+        self.writer: MetricWriter | None = None
         self.step = 0  # optimizer steps over all stages in this folder
         self.epoch = 1
-        self.batch_in_epoch = 0
+        self.batch_in_epoch = 0  # of this rank
         self.stage_start = (0, 1)  # step and epoch at which this stage began
         self.seconds = 0.0  # spent in this stage's loop, over restarts
         self.best = {"valid": float("inf"), "train": float("inf")}
         self.stale_validations = 0
         self.validated_step = -1
-        self.totals = MetricSums()
+        self.current, self.totals = MetricSums(), MetricSums()  # since the last log line; of the epoch
         self.model_avg: dict[str, torch.Tensor] | None = None
-        self.bad_steps = 0
-        self.writer: MetricWriter | None = None
+        self.last_valid: dict[str, float] = {}
+        self.out_of_time = False
+        self.clock = Clock()
 
     # ---------------------------------------------------------------- the loop
 
@@ -112,66 +142,43 @@ class Trainer:
         config = self.config
         if distributed.rank() == 0:
             self.writer = MetricWriter(self.exp_dir, config.tensorboard)
-        count = sum(parameter.numel() for _, parameter in self.trained)
+        count = sum(parameter.numel() for parameter in self.parameters)
         log.info(
             "stage %d trains %.2f M parameters on %s, %s", self.stage, count / 1e6, self.device, config.dtype
         )
         if config.oom_check:
             self._try_largest_batch()
-        started = time.monotonic() - self.seconds
-        valid: dict[str, float] = {}
-        current = MetricSums()
-        interval_start, interval_targets = time.monotonic(), 0
-        done = self._finished()
-        if done:
-            log.info("nothing left to do: this stage has reached its limit")
         first_step = self.step
-        while not done:
+        if self._finished():
+            log.info("nothing left to do: this stage has reached its limit")
+        self.clock.start(self.seconds)
+        while not self._finished():
             for batches in self._grouped(self.train_source.epoch(self.epoch, self.batch_in_epoch)):
-                metrics, targets = self._train_step(batches)
+                self._train_step(batches)
                 self.batch_in_epoch += len(batches)
-                self.seconds = time.monotonic() - started
-                current.add(metrics)
-                self.totals.add(metrics)
-                interval_targets += targets
-                if config.average_period and self.step % config.average_period == 0:
-                    self._update_average()
-                if self.step % config.log_interval == 0:
-                    rate = interval_targets / (time.monotonic() - interval_start)
-                    self._log_train(current, rate)
-                    current, interval_start, interval_targets = MetricSums(), time.monotonic(), 0
-                if config.save_every_n and self.step % config.save_every_n == 0:
-                    self.save(f"checkpoint-{self.step}.pt")
-                    self._prune("checkpoint")
-                if config.valid_interval and self.step % config.valid_interval == 0:
-                    valid = self.validate()
-                    interval_start, interval_targets = time.monotonic(), 0
-                done = self._finished()
-                if done:
+                self._after_step()
+                if self._finished():
                     break
             else:
-                if not config.valid_interval:
-                    valid = self.validate()
                 self._end_epoch()
-                done = self._finished()
-        trained = self.step > first_step
-        if trained and self.validated_step != self.step:
-            valid = self.validate()
-        if trained and self.batch_in_epoch > 0:
-            self.save(f"checkpoint-{self.step}.pt")
-            self._prune("checkpoint")
+        if self.step > first_step:
+            if self.validated_step != self.step:
+                self.validate()
+            if self.batch_in_epoch > 0:
+                self.save(f"checkpoint-{self.step}.pt")
+                self._prune("checkpoint")
         if self.writer is not None:
             self.writer.close()
-        return valid
+        return self.last_valid
 
     def _grouped(self, batches: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one step together; with several ranks, until the first rank has no more."""
+        """The batches of one step together."""
         group: list[dict[str, Any]] = []
         iterator = iter(batches)
         while True:
-            batch = next(iterator, None)
-            have = distributed.sum_over_ranks([0.0 if batch is None else 1.0], self.device)[0]
-            if batch is None or have < distributed.world_size():
+            with self.clock.measure("data"):
+                batch = next(iterator, None)
+            if batch is None:
                 break
             group.append(batch)
             if len(group) == self.config.accumulate_grad_steps:
@@ -180,46 +187,75 @@ class Trainer:
         if group:
             yield group
 
-    def _train_step(self, batches: list[dict[str, Any]]) -> tuple[dict[str, tuple[float, int]], int]:
-        """One optimizer step; returns the batches' metrics and the number of their targets."""
+    def _train_step(self, batches: list[dict[str, Any]]) -> None:
+        """One optimizer step."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums, targets, total = MetricSums(), 0, 0.0
-        for batch in batches:
-            with self._autocast():
-                result = self.model.compute_loss(to_device(batch, self.device), self.stage)
-            self.scaler.scale(result.loss).backward()
-            loss = float(result.loss.detach())
-            total += loss
-            targets += result.num_targets
-            sums.add({"loss": (loss, result.num_targets), **result.metrics})
-        parameters = [parameter for _, parameter in self.trained]
-        distributed.sum_gradients(parameters)
-        total, all_targets = distributed.sum_over_ranks([total, targets], self.device)
-        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_div_(grads, max(1.0, all_targets))
-        norm = torch.nn.utils.get_total_norm(grads)
-        rate = self.schedule(
-            self.step - self.stage_start[0], self.epoch - self.stage_start[1], self._progress()
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if not (torch.isfinite(norm) and total == total and abs(total) != float("inf")):
-            self._on_bad_step(total, norm, batches)
-        else:
-            self.bad_steps = 0
-            if self.config.optimizer_name == "AdamW" and self.config.clip_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
-            self.scaler.step(self.optimizer) if self.scaler.is_enabled() else self.optimizer.step()
-            sums.add({"grad_norm": (float(norm), 1)})
-        self.scaler.update() if self.scaler.is_enabled() else None
+        sums, targets = MetricSums(), 0
+        for number, batch in enumerate(batches):
+            counts = not batch.get("filler", False)
+            with (
+                self.clock.measure("forward_backward"),
+                self.parallel.accumulating(number == len(batches) - 1),
+            ):
+                with self._autocast():
+                    result = self.parallel.loss(to_device(batch, self.device), self.stage)
+                self.scaler.scale(result.loss * counts).backward()
+            if counts:
+                targets += result.num_targets
+                sums.add({"loss": (result.loss.detach(), result.num_targets), **result.metrics})
+        with self.clock.measure("exchange"):
+            self.parallel.finish_gradients(self.parameters)
+            self.seconds = self.clock.seconds()
+            late = bool(self.config.max_minutes and self.seconds >= 60 * self.config.max_minutes)
+            total, all_targets, late_ranks, seconds = distributed.sum_over_ranks(
+                [float(sums.sums.get("loss", 0.0)), targets, float(late), self.seconds], self.device
+            )
+            # The same on every rank: it decides about the learning rate, and when to stop.
+            self.seconds, self.out_of_time = seconds / distributed.world_size(), late_ranks > 0
+        with self.clock.measure("optimizer"):
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(self.optimizer)
+            grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            scale = 1.0 / max(1.0, all_targets)
+            norm = self.parallel.norm(grads) * scale
+            rate = self.schedule(
+                self.step - self.stage_start[0], self.epoch - self.stage_start[1], self._progress()
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            if self.guard.allows(self.step, total, float(norm), batches):
+                limit = self.config.clip_grad_norm
+                if self.config.optimizer_name == "AdamW" and limit > 0:
+                    scale *= min(1.0, limit / (float(norm) + 1e-6))
+                torch._foreach_mul_(grads, scale)
+                self.scaler.step(self.optimizer) if self.scaler.is_enabled() else self.optimizer.step()
+                sums.add({"grad_norm": (float(norm), 1)})
+            if self.scaler.is_enabled():
+                self.scaler.update()
         self.step += 1
-        return {name: (sums.sums[name], int(sums.counts[name])) for name in sums.sums}, targets
+        self.current.merge(sums)
+        self.totals.merge(sums)
+
+    def _after_step(self) -> None:
+        """What is due every so many steps."""
+        config = self.config
+        if config.average_period and self.step % config.average_period == 0:
+            self._update_average()
+        if self.step % config.log_interval == 0:
+            self._log_train()
+        if config.valid_interval and self.step % config.valid_interval == 0:
+            self.validate()
+        if config.sample_interval and self.step % config.sample_interval == 0:
+            self._write_samples()
+        # Last: a checkpoint holds what all of the above has decided.
+        if config.save_every_n and self.step % config.save_every_n == 0:
+            self.save(f"checkpoint-{self.step}.pt")
+            self._prune("checkpoint")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """All validation batches; keeps the best weights and returns averages."""
+        """All validation batches, on all ranks; keeps the best weights and returns averages."""
         if self.valid_source is None:
             return {}
         self.model.eval()
@@ -227,45 +263,33 @@ class Trainer:
         sums = MetricSums()
         for batch in self.valid_source.epoch(0):
             with self._autocast():
-                result = self.model.compute_loss(to_device(batch, self.device), self.stage)
-            sums.add({"loss": (float(result.loss), result.num_targets), **result.metrics})
-        names = sorted(sums.sums)
-        reduced = distributed.sum_over_ranks(
-            [sums.sums[name] for name in names] + [sums.counts[name] for name in names], self.device
-        )
-        half = len(names)
-        averages = {
-            name: reduced[i] / reduced[half + i] for i, name in enumerate(names) if reduced[half + i] > 0
-        }
+                result = self.parallel.loss(to_device(batch, self.device), self.stage)
+            if not batch.get("filler", False):
+                sums.add({"loss": (result.loss, result.num_targets), **result.metrics})
+        averages = sums.over_ranks(self.device).average()
         if "loss" not in averages:
             raise UserError(
                 "validation has no batch: cuts_validation is empty after --filter-min/max-duration"
             )
+        self.last_valid = averages
         shown = " | ".join(f"{name} {value:.4g}" for name, value in averages.items())
         log.info("epoch %d | step %d | validation | %s", self.epoch, self.step, shown)
         if self.writer is not None:
-            record = {
-                "step": self.step,
-                "epoch": self.epoch,
-                "stage": self.stage,
-                "split": "valid",
-                **averages,
-            }
             self.writer.write(
-                {**record, "time": round(self.seconds, 2)},
-                {f"train/valid_{name}": value for name, value in averages.items()},
+                self._record("valid", averages), {f"train/valid_{name}": v for name, v in averages.items()}
             )
         if averages["loss"] < self.best["valid"]:
             self.best["valid"] = averages["loss"]
             self.stale_validations = 0
-            self.save("best-valid-loss.pt")
-            self.save(f"best-valid-loss-stage{self.stage}.pt")
+            self.save("best-valid-loss.pt", f"best-valid-loss-stage{self.stage}.pt")
         else:
             self.stale_validations += 1
         return averages
 
     def _end_epoch(self) -> None:
-        train_loss = self.totals.average().get("loss", float("inf"))
+        if not self.config.valid_interval:
+            self.validate()
+        train_loss = self.totals.over_ranks(self.device).average().get("loss", float("inf"))
         finished = self.epoch
         if train_loss < self.best["train"]:
             self.best["train"] = train_loss
@@ -276,15 +300,16 @@ class Trainer:
         self._prune("epoch")
 
     def _finished(self) -> bool:
+        """The same on every rank."""
         config = self.config
         step, epoch = self.step - self.stage_start[0], self.epoch - self.stage_start[1]
-        mine = (
+        return (
             epoch >= config.num_epochs
             or bool(config.max_steps and step >= config.max_steps)
             or bool(config.max_minutes and self.seconds >= 60 * config.max_minutes)
+            or self.out_of_time
             or bool(config.patience and self.stale_validations >= config.patience)
         )
-        return distributed.sum_over_ranks([float(mine)], self.device)[0] > 0
 
     def _progress(self) -> float:
         """Part of this stage that is done, 0 to 1, by the limit that is nearest."""
@@ -301,74 +326,72 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def _on_bad_step(self, loss: float, norm: torch.Tensor, batches: list[dict[str, Any]]) -> None:
-        """A loss or gradient is not finite: leave the weights alone, say so, and stop if it goes on."""
-        self.bad_steps += 1
-        ids = [cut for batch in batches for cut in batch.get("ids", [])]
-        broken = [name for name, p in self.trained if p.grad is not None and not torch.isfinite(p.grad).all()]
-        log.warning(
-            "step %d skipped: loss %s, gradient norm %s, first broken gradient %s, cuts %s",
-            self.step, loss, float(norm), broken[:1], ids[:8],
-        )  # fmt: skip
-        if self.config.inf_check or self.bad_steps >= MAX_BAD_STEPS:
-            raise UserError(
-                f"stopped at step {self.step}: {self.bad_steps} non-finite step(s) in a row; "
-                f"try a lower --base-lr or --dtype float32 (cuts {ids[:8]})"
-            )
-
     def _try_largest_batch(self) -> None:
         """Forward and backward on the largest batch of the epoch, so that memory runs out now or never."""
         largest = max(
             self.train_source.epoch(self.epoch),
             key=lambda batch: sum(v.numel() for v in batch.values() if isinstance(v, torch.Tensor)),
         )
-        state = torch.get_rng_state()
+        state = rng_state()
         self.model.compute_loss(to_device(largest, self.device), self.stage).loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(state)
-        log.info("the largest batch fits; %s", _memory(self.device))
+        set_rng_state(state)
+        log.info("the largest batch fits; %.1f GB", peak_memory(self.device) / 1e9)
 
     # ------------------------------------------------------------ what is shown
 
-    def _log_train(self, current: MetricSums, rate: float) -> None:
-        averages, totals = current.average(), self.totals.average()
+    def _record(self, split: str, averages: dict[str, float]) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
+        place = {"step": self.step, "epoch": self.epoch, "stage": self.stage, "split": split}
+        return {**place, **averages, "time": round(self.seconds, 2)}
+
+    def _log_train(self) -> None:
+        current, totals = self.current.over_ranks(self.device), self.totals.over_ranks(self.device)
+        averages = current.average()
+        rate = current.counts.get("loss", 0) / max(1e-9, self.clock.lap())
+        self.current = MetricSums()
         lr = float(self.optimizer.param_groups[0]["lr"])
         progress = self._progress()
         eta = self.seconds * (1 - progress) / progress if progress > 0 else float("nan")
         shown = [f"epoch {self.epoch}", f"step {self.step}"]
         shown += [f"loss {averages['loss']:.3f} {self.model.loss_unit}"] if "loss" in averages else []
         shown += [f"{name} {averages[name]:.3f}" for name in averages if name.endswith("Accuracy")]
-        shown += [f"lr {lr:.1e}", f"{_short(rate)} targets/s", _memory(self.device), f"eta {_minutes(eta)}"]
-        log.info(" | ".join(shown))
+        shown += [f"lr {lr:.1e}", f"{_short(rate)} targets/s", f"{peak_memory(self.device) / 1e9:.1f} GB"]
+        log.info(" | ".join([*shown, f"eta {_minutes(eta)}"]))
         if self.writer is not None:
-            record = {
-                "step": self.step,
-                "epoch": self.epoch,
-                "stage": self.stage,
-                "split": "train",
-                **averages,
-            }
             tags = {f"train/current_{name}": value for name, value in averages.items()}
-            tags.update({f"train/tot_{name}": value for name, value in totals.items()})
+            tags.update({f"train/tot_{name}": value for name, value in totals.average().items()})
             tags.update({"train/learning_rate": lr, "train/epoch": float(self.epoch)})
-            self.writer.write({**record, "lr": lr, "time": round(self.seconds, 2)}, tags)
+            if self.scaler.is_enabled():
+                tags["train/grad_scale"] = self.scaler.get_scale()
+            self.writer.write({**self._record("train", averages), "lr": lr}, tags)
+
+    def _write_samples(self) -> None:
+        """Audio of the model as it is, for listening; leaves the random state alone."""
+        if self.samples is None:
+            return
+        state = rng_state()
+        self.model.eval()
+        audio = self.samples.make(self.model, self.stage)
+        if self.writer is not None:
+            self.writer.write_audio(self.step, audio, self.samples.sample_rate)
+        set_rng_state(state)
 
     # -------------------------------------------------------------- checkpoints
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint from which `restore` goes on exactly."""
-        if distributed.rank() > 0:
-            return
+    def save(self, *names: str) -> None:
+        """Write a checkpoint from which `resume` goes on exactly, under one or more names; all ranks call it."""
         contents = {
             **self.saved,
             "version": __version__,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.parallel.model_state(),
+            "optimizer": self.parallel.optimizer_state(self.optimizer),
             "scheduler": {"stage_start": list(self.stage_start), "seconds": self.seconds},
-            "sampler": {"epoch": self.epoch, "batch": self.batch_in_epoch},
+            "sampler": {"epoch": self.epoch, "batch": self.batch_in_epoch, "ranks": distributed.world_size()},
             "grad_scaler": self.scaler.state_dict(),
-            "rng": _rng_state(),
-            "totals": self.totals.state_dict(),
+            "rng": distributed.gather_objects(rng_state()),
+            "current": self.current.over_ranks(self.device).state_dict(),
+            "totals": self.totals.over_ranks(self.device).state_dict(),
             "train_stage": self.stage,
             "step": self.step,
             "epoch": self.epoch,
@@ -378,10 +401,13 @@ class Trainer:
             "best_valid_loss": self.best["valid"],
             "best_train_loss": self.best["train"],
             "stale_validations": self.stale_validations,
+            "validated_step": self.validated_step,
+            "bad_steps": self.guard.bad_steps,
         }
         if self.model_avg is not None:
             contents["model_avg"] = self.model_avg
-        save_checkpoint(self.exp_dir / name, contents)
+        if distributed.rank() == 0:
+            save_checkpoint(self.exp_dir, names, contents)
 
     def resume(self) -> bool:
         """Go on where this stage stopped, or begin it from the stage before; says which."""
@@ -392,31 +418,20 @@ class Trainer:
             return self._restore(self.exp_dir / f"epoch-{config.start_epoch - 1}.pt")
         if not config.resume:
             return False
-        candidates = [
-            path for kind in ("epoch", "checkpoint") for _, path in numbered_checkpoints(self.exp_dir, kind)
-        ]
-        readable = []
-        for path in candidates:
-            try:
-                contents = load_checkpoint(path)
-            except UserError as error:
-                log.warning("%s; the one before it is used", error)
-                continue
-            readable.append((contents["step"], contents["epoch"], str(path), contents["train_stage"]))
-        mine = [entry for entry in readable if entry[3] == self.stage]
-        if mine:
-            return self._restore(Path(max(mine)[2]))
+        mine, latest = newest_checkpoint(self.exp_dir, self.stage), newest_checkpoint(self.exp_dir)
+        if mine is not None:
+            return self._restore(mine.path)
         if self.stage == 2:
             first = self.exp_dir / "best-valid-loss-stage1.pt"
             if first.is_file():
-                return self._restore(first, at_least=max(readable, default=None))
+                return self._restore(first, counters_of=latest)
             log.warning("no '%s': stage 2 starts from untrained AR weights", first)
         return False
 
-    def _restore(self, path: Path, at_least: tuple[int, int, str, int] | None = None) -> bool:
+    def _restore(self, path: Path, counters_of: NumberedCheckpoint | None = None) -> bool:
         contents = load_checkpoint(path)
         try:
-            self.model.load_state_dict(contents["model"], strict=True)
+            self.parallel.load_model_state(contents["model"])
         except RuntimeError as error:
             raise UserError(
                 f"checkpoint '{path}' was trained with another architecture; use another --exp-dir or the same "
@@ -424,14 +439,14 @@ class Trainer:
             ) from error
         if contents["train_stage"] != self.stage:
             # Counters go on, so that no file of the earlier stage is overwritten; everything else starts anew.
-            self.step = max(contents["step"], at_least[0] if at_least else 0)
-            self.epoch = max(contents["epoch"], at_least[1] if at_least else 1)
+            self.step = max(contents["step"], counters_of.step if counters_of else 0)
+            self.epoch = max(contents["epoch"], counters_of.epoch if counters_of else 1)
             if self.config.start_epoch > 1:
                 self.epoch = self.config.start_epoch
             self.stage_start = (self.step, self.epoch)
             log.info("stage %d starts from '%s' (stage %d)", self.stage, path, contents["train_stage"])
             return True
-        self.optimizer.load_state_dict(contents["optimizer"])
+        self.parallel.load_optimizer_state(self.optimizer, contents["optimizer"])
         self.scaler.load_state_dict(contents["grad_scaler"])
         self.stage_start = tuple(contents["scheduler"]["stage_start"])  # type: ignore[assignment]
         self.seconds = contents["scheduler"]["seconds"]
@@ -439,9 +454,19 @@ class Trainer:
         self.step = contents["step"]
         self.best = {"valid": contents["best_valid_loss"], "train": contents["best_train_loss"]}
         self.stale_validations = contents["stale_validations"]
-        self.totals.load_state_dict(contents["totals"])
+        self.validated_step = contents["validated_step"]
+        self.guard.bad_steps = contents["bad_steps"]
         self.model_avg = contents.get("model_avg")
-        _set_rng_state(contents["rng"])
+        ranks = contents["sampler"]["ranks"]
+        if ranks == distributed.world_size():
+            set_rng_state(contents["rng"][distributed.rank()])
+        else:
+            self.batch_in_epoch = self.batch_in_epoch * ranks // distributed.world_size()
+            log.warning("'%s' is of %d processes, now there are %d: dropout takes another course",
+                        path, ranks, distributed.world_size())  # fmt: skip
+        if distributed.rank() == 0:  # sums over all ranks: one of them carries them on
+            self.current.load_state_dict(contents["current"])
+            self.totals.load_state_dict(contents["totals"])
         log.info(
             "resumed from '%s': epoch %d, batch %d, step %d", path, self.epoch, self.batch_in_epoch, self.step
         )
@@ -467,45 +492,34 @@ class Trainer:
                 self.model_avg[name].copy_(value)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is this process's GPU where there is one, else the CPU."""
-    if name == "auto":
-        name = (
-            f"cuda:{distributed.rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device '{name}' is unknown; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device '{name}': this PyTorch sees no GPU; use --device cpu")
-    return device
+class Clock:
+    """Where the time of a training goes: seconds by part, in all, and since the last lap."""
 
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.start(0.0)
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
-    }
+    def start(self, before: float) -> None:
+        """Begin; `before` seconds were spent in earlier runs."""
+        now = time.monotonic()
+        self._started, self._lap = now - before, now
 
+    def seconds(self) -> float:
+        """Since the beginning, earlier runs included."""
+        return time.monotonic() - self._started
 
-def _rng_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    def lap(self) -> float:
+        """Since the last lap, or the start."""
+        now = time.monotonic()
+        self._lap, passed = now, now - self._lap
+        return passed
 
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count what is done inside for `part`."""
+        begun = time.perf_counter()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - begun
 
 
 def _short(number: float) -> str:

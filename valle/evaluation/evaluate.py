@@ -25,7 +25,7 @@ from valle.config import option
 from valle.data.dataset import load_codes, read_codec_info
 from valle.data.manifests import read_manifest
 from valle.data.split import prompt_length
-from valle.engine.trainer import pick_device
+from valle.engine.devices import pick_device
 from valle.evaluation.audio import DNSMOS_HINT, dnsmos_available
 from valle.evaluation.baselines import fit_baselines, score_baseline
 from valle.evaluation.clips import choose_cuts, dnsmos_table, make_clip, mel_table, save_clips

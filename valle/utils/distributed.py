@@ -14,6 +14,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -29,6 +34,15 @@ def sum_over_ranks(values: Iterable[float], device: torch.device) -> list[float]
     )
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank gave, in order, on rank 0; elsewhere a list that means nothing."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.gather_object(value, gathered if rank() == 0 else None)
+    return gathered
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
