@@ -36,6 +36,7 @@ VARIANTS = [
     {"add_prenet": True},
     {"share_embedding": True},
     {"nar_scale_factor": 0.5},
+    {"qk_norm": True},
 ]
 
 
@@ -168,7 +169,7 @@ def test_evaluation_is_no_draw():
     first = model(*batch, train_stage=2).loss
     torch.manual_seed(2)
     assert torch.equal(first, model(*batch, train_stage=2).loss)
-    assert {f"NarTop10Accuracy_q{q}" for q in (1, 2, 3)} <= set(model(*batch).metrics)
+    assert (model(*batch).metrics["NarTop10Accuracy_q*"][1] > 0).tolist() == [False, True, True, True]
 
 
 def test_reductions_agree():

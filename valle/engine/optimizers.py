@@ -56,57 +56,66 @@ class ScaledAdam(torch.optim.Optimizer):
                 self._step_group(group, members)
 
     def _step_group(self, group: dict[str, Any], members: list[Tensor]) -> None:
+        """One pass over the weights for their sizes, one with the gradients for the sizes' gradients, one for Adam.
+
+        Adam's step relative to a tensor's size is Adam with the learning rate times that size: PyTorch's fused kernel
+        does it. All that is one number a tensor is done for all tensors at once.
+        """
         for parameter in members:
             state = self.state[parameter]
             if not state:
-                state["step"] = 0
+                state["step"] = torch.zeros((), device=parameter.device)
                 state["first"] = torch.zeros_like(parameter)
                 state["second"] = torch.zeros_like(parameter)
-                state["rms"] = self._rms(parameter)
                 state["scale_second"] = parameter.new_zeros(())
-        clip = self._clip(group, members)
+        states = [self.state[parameter] for parameter in members]
+        grads = [parameter.grad for parameter in members if parameter.grad is not None]
+        lr: float = group["lr"]
         first_decay, second_decay = group["betas"]
-        grads = torch._foreach_mul(
-            [parameter.grad for parameter in members if parameter.grad is not None], clip
-        )
-        firsts = [self.state[parameter]["first"] for parameter in members]
-        seconds = [self.state[parameter]["second"] for parameter in members]
-        torch._foreach_lerp_(firsts, grads, 1 - first_decay)
-        torch._foreach_mul_(seconds, second_decay)
-        torch._foreach_addcmul_(seconds, grads, grads, 1 - second_decay)
-        for parameter, grad, first, second in zip(members, grads, firsts, seconds, strict=True):
-            state = self.state[parameter]
-            state["step"] += 1
-            first_bias = 1 - first_decay ** state["step"]
-            second_bias = 1 - second_decay ** state["step"]
-            denominator = (second / second_bias).sqrt_().add_(group["eps"])
-            direction = first / first_bias / denominator
-            if parameter.numel() == 1:
-                parameter.sub_(direction, alpha=group["lr"] * group["scalar_lr_scale"])
-                parameter.clamp_(-10.0, 10.0)
-                continue
-            state["rms"] = self._rms(parameter)
-            # The gradient with respect to the logarithm of the tensor's size.
-            scale_grad = (parameter * grad).sum()
-            state["scale_second"].mul_(second_decay).addcmul_(scale_grad, scale_grad, value=1 - second_decay)
-            scale_step = scale_grad / ((state["scale_second"] / second_bias).sqrt() + group["eps"])
-            allowed = state["rms"].clamp(group["min_rms"], group["max_rms"])
-            shrink = group["lr"] * group["scalar_lr_scale"] * scale_step
-            # A tensor may not grow beyond max_rms nor vanish below min_rms.
-            shrink = torch.where(state["rms"] >= group["max_rms"], shrink.clamp(min=0), shrink)
-            shrink = torch.where(state["rms"] <= group["min_rms"], shrink.clamp(max=0), shrink)
-            parameter.mul_(1 - shrink).addcmul_(direction, allowed.expand_as(direction), value=-group["lr"])
+        count = torch.tensor([float(parameter.numel()) for parameter in members], device=members[0].device)
+        scalar = count == 1
+        size = torch.stack(torch._foreach_norm(members)) / count.sqrt()
+        clip = self._clip(group, states[0], torch.stack(torch._foreach_norm(grads)), size, scalar)
 
-    def _clip(self, group: dict[str, Any], members: list[Tensor]) -> float:
-        """Factor ≤ 1 for this step's gradients, from the median norm of the recent steps."""
-        norms = torch.stack(
-            [
-                torch.linalg.vector_norm(p.grad) * (self.state[p]["rms"] if p.numel() > 1 else 1.0)  # type: ignore[arg-type]
-                for p in members
-            ]
-        )
-        norm = float(torch.linalg.vector_norm(norms))
-        holder = self.state[members[0]]
+        # The gradient with respect to the logarithm of each tensor's size.
+        products = zip(members, grads, strict=True)
+        slope = torch.stack([torch.dot(p.flatten(), grad.flatten()) for p, grad in products]) * clip
+        torch._foreach_add_([state["step"] for state in states], 1)
+        step = torch.stack([state["step"] for state in states])
+        second = torch.stack([state["scale_second"] for state in states])
+        second.mul_(second_decay).addcmul_(slope, slope, value=1 - second_decay)
+        for state, value in zip(states, second.unbind(), strict=True):
+            state["scale_second"] = value.clone()
+        slope = slope / ((second / (1 - second_decay**step)).sqrt() + group["eps"])
+        shrink = lr * group["scalar_lr_scale"] * slope
+        # A tensor may not grow beyond max_rms nor vanish below min_rms.
+        shrink = torch.where(size >= group["max_rms"], shrink.clamp(min=0), shrink)
+        shrink = torch.where(size <= group["min_rms"], shrink.clamp(max=0), shrink)
+        shrink = shrink.masked_fill(scalar, 0.0)
+        rates = lr * size.clamp(group["min_rms"], group["max_rms"])
+        rates = rates.masked_fill(scalar, lr * group["scalar_lr_scale"])
+
+        torch._foreach_mul_(members, list((1 - shrink).unbind()))
+        scale = torch.tensor(1 / clip, device=count.device) if clip < 1 else None
+        for parameter, grad, state, rate in zip(members, grads, states, rates.unbind(), strict=True):
+            torch._fused_adam_(
+                [parameter], [grad], [state["first"]], [state["second"]], [], [state["step"]],
+                lr=rate, beta1=first_decay, beta2=second_decay, weight_decay=0.0, eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
+            )  # fmt: skip
+            if parameter.numel() == 1:
+                parameter.clamp_(-10.0, 10.0)
+
+    def _clip(
+        self, group: dict[str, Any], holder: dict[str, Any], norms: Tensor, size: Tensor, scalar: Tensor
+    ) -> float:
+        """Factor ≤ 1 for this step's gradients, from the median norm of the recent steps.
+
+        Args:
+            holder: state in which the recent norms are kept.
+            norms, size, scalar: of each tensor: its gradient's norm, its root-mean-square, whether it is one number.
+        """
+        norm = float(torch.linalg.vector_norm(norms * size.masked_fill(scalar, 1.0)))
         recent: list[float] = holder.setdefault("recent_norms", [])
         factor = 1.0
         if len(recent) >= 10:
@@ -115,10 +124,6 @@ class ScaledAdam(torch.optim.Optimizer):
         recent.append(norm * factor)
         del recent[: -group["clipping_period"]]
         return factor
-
-    @staticmethod
-    def _rms(parameter: Tensor) -> Tensor:
-        return parameter.square().mean().sqrt()
 
 
 def _scaled_adam(named: NamedParameters, config: TrainConfig) -> torch.optim.Optimizer:

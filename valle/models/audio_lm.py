@@ -22,15 +22,15 @@ from valle.codecs import Codec
 from valle.generation.chunks import Chunks, default_chunks
 from valle.generation.sampling import Sampling, make_streams
 from valle.models.generating import Generation, Generator, Stream
+from valle.models.watched import code_metrics
 from valle.modules.cache import Cache
 from valle.modules.embeddings import sum_embeddings
 from valle.modules.masks import lengths_to_mask, prefix_causal_mask
-from valle.modules.transformer import Transformer
+from valle.modules.transformer import Linear, Transformer
 from valle.utils.errors import UserError
 
 CODEBOOK_RMS = 0.05  # size of quantizer 0's embeddings when they start from the codec's vectors
-TOP = 10  # ArTop10Accuracy and NarTop10Accuracy
-Metrics = dict[str, tuple[float, int]]
+Metrics = dict[str, tuple[Any, Any]]
 
 
 class AudioLMOutput(NamedTuple):
@@ -70,6 +70,7 @@ class AudioLM(nn.Module):
         codebook_size: V.
         share_embedding: tie each output layer to the table of the codes it predicts.
         dropout: in both decoders.
+        qk_norm: normalize queries and keys in attention, which keeps long trainings in bfloat16 stable.
         position: "rope" or "sine".
         activation: "gelu" or "relu".
     """
@@ -98,6 +99,7 @@ class AudioLM(nn.Module):
         dropout: float = 0.1,
         position: str = "rope",
         activation: str = "gelu",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if num_quantizers < 1:
@@ -113,9 +115,16 @@ class AudioLM(nn.Module):
         )
         self.ar_audio_prenet = _prenet(d_model) if add_prenet else nn.Identity()
         self.ar_decoder = Transformer(
-            d_model, nhead, num_layers, dropout, norm_first, position=position, activation=activation
+            d_model,
+            nhead,
+            num_layers,
+            dropout,
+            norm_first,
+            position=position,
+            activation=activation,
+            qk_norm=qk_norm,
         )
-        self.ar_predict_layer = nn.Linear(d_model, codebook_size + 1, bias=False)
+        self.ar_predict_layer = Linear(d_model, codebook_size + 1, bias=False)
         if share_embedding:
             if prepend_bos:
                 raise ValueError(
@@ -134,10 +143,10 @@ class AudioLM(nn.Module):
             self.nar_audio_prenet = _prenet(nar_dim) if add_prenet else nn.Identity()
             self.nar_decoder = Transformer(
                 nar_dim, nar_heads, num_layers, dropout, norm_first,
-                adaptive=True, position=position, activation=activation,
+                adaptive=True, position=position, activation=activation, qk_norm=qk_norm,
             )  # fmt: skip
             self.nar_predict_layers = nn.ModuleList(
-                nn.Linear(nar_dim, codebook_size, bias=False) for _ in range(num_quantizers - 1)
+                Linear(nar_dim, codebook_size, bias=False) for _ in range(num_quantizers - 1)
             )
             if share_embedding:
                 for index, layer in enumerate(self.nar_predict_layers):
@@ -219,7 +228,10 @@ class AudioLM(nn.Module):
         starts = torch.zeros_like(prompt_lens) if cache is None else longest - prompt_lens
         sequence = _join(prompt, prompt_lens, self._ar_embed(y), starts)
         columns = torch.arange(sequence.shape[1], device=x.device)
-        mask = prefix_causal_mask(starts, prompt_lens, columns, columns)
+        rows = (prompt_lens + (y.shape[1] if y_lens is None else y_lens), prompt_lens)
+        if cache is None:  # prompts and targets of different rows are long: together they are not as long
+            columns = columns[: int(rows[0].max())]
+            sequence = sequence[:, : len(columns)]
         if cache is not None:
             cache.place(starts, prompt_lens)
         positions = (columns - starts[:, None]).clamp(min=0)
@@ -233,7 +245,14 @@ class AudioLM(nn.Module):
                 cache.position_shift = x_lens - prefix_lens
             if not self.prepend_bos:  # the frame before the gap, if there is one, is the prefix's last
                 last[:, 0] = torch.where(prefix_lens > 0, starts + prefix_lens - 1, last[:, 0])
-        hidden = self.ar_decoder(sequence, positions, mask, cache)
+        hidden = self.ar_decoder(
+            sequence,
+            positions,
+            lambda: prefix_causal_mask(starts, prompt_lens, columns, columns),
+            cache,
+            rows=rows,
+        )
+        last = last.clamp(max=hidden.shape[1] - 1)
         hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.ar_predict_layer(hidden)
 
@@ -271,16 +290,21 @@ class AudioLM(nn.Module):
         starts = torch.zeros_like(x_lens)
         sequence = _join(prompt, x_lens, target, starts)
         total = x_lens + y_lens
-        mask = None
-        if bool((total < sequence.shape[1]).any()):
-            mask = lengths_to_mask(total, sequence.shape[1])[:, None, None]
+        sequence = sequence[:, : int(total.max())]
+
+        def mask() -> Tensor | None:
+            if bool((total == sequence.shape[1]).all()):
+                return None
+            return lengths_to_mask(total, sequence.shape[1])[:, None, None]
+
         stages = torch.cat(list(self.nar_stage_embeddings.parameters()))
         condition = stages[quantizer - 1][:, None]  # (B, 1, D)
         positions = torch.arange(sequence.shape[1], device=x.device)
         if prefix_lens is not None:
             positions = _infill_positions(positions, x_lens, prefix_lens, y_lens)
-        hidden = self.nar_decoder(sequence, positions, mask, condition=condition)
+        hidden = self.nar_decoder(sequence, positions, mask, condition=condition, rows=(total, total))
         columns = x_lens[:, None] + torch.arange(y.shape[1], device=x.device)
+        columns = columns.clamp(max=hidden.shape[1] - 1)
         hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
         first = int(quantizer[0])
         if bool((quantizer == first).all()):
@@ -336,7 +360,7 @@ class AudioLM(nn.Module):
         rows = torch.zeros(x.shape[0], device=x.device)
         predictions: dict[str, Tensor] = {}
         metrics: Metrics = {}
-        count = 0
+        count, shape = 0, (self.num_quantizers, self.codebook_size)
         if train_stage in (0, 1):
             logits = self.ar_logits(x, x_lens, y[..., 0], y_lens, prefix_lens=prefix_lens, gap_lens=y_lens)
             # The end follows the last frame; what is behind it is no target.
@@ -345,7 +369,8 @@ class AudioLM(nn.Module):
             trained = lengths_to_mask(y_lens + ends, y.shape[1] + 1)
             row_losses, number = _cross_entropy(logits, targets, trained)
             metrics["ArLoss"] = (float(row_losses.detach().sum()), number)
-            metrics["ArTop10Accuracy"] = (_top_correct(logits[:, :-1], y[..., 0], valid), int(y_lens.sum()))
+            first = torch.zeros_like(y_lens)  # quantizer 0
+            metrics |= code_metrics("Ar", logits[:, :-1], y[..., 0], valid, first, shape)
             predictions["ar"], rows, count = logits, rows + row_losses, count + number
         if train_stage in (0, 2) and self.num_quantizers > 1:
             for quantizer in self._nar_quantizers(x.shape[0], x.device):
@@ -353,13 +378,8 @@ class AudioLM(nn.Module):
                 index = quantizer.view(-1, 1, 1).expand(-1, y.shape[1], 1)
                 targets = y.gather(2, index)[..., 0]
                 row_losses, number = _cross_entropy(logits, targets, valid)
-                correct = _top_correct(logits, targets, valid)
-                named = {
-                    "NarLoss": (float(row_losses.detach().sum()), number),
-                    "NarTop10Accuracy": (correct, number),
-                }
-                if not self.training:
-                    named[f"NarTop10Accuracy_q{int(quantizer[0])}"] = (correct, number)
+                named: Metrics = {"NarLoss": (float(row_losses.detach().sum()), number)}
+                named |= code_metrics("Nar", logits, targets, valid, quantizer, shape)
                 for name, (total, size) in named.items():
                     before = metrics.get(name, (0.0, 0))
                     metrics[name] = (before[0] + total, before[1] + size)
@@ -693,12 +713,5 @@ def _check_prefix_lens(prefix_lens: Tensor, x_lens: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, int]:
     """Sum of nats per row (B,), and the number of valid targets."""
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return (losses * valid).sum(1), int(valid.sum())
-
-
-@torch.no_grad()
-def _top_correct(logits: Tensor, targets: Tensor, valid: Tensor) -> float:
-    """Number of valid targets among the `TOP` likeliest codes."""
-    top = logits.topk(min(TOP, logits.shape[-1]), -1).indices
-    return float(((top == targets[..., None]).any(-1) & valid).sum())
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return (losses.view(valid.shape) * valid).sum(1), int(valid.sum())

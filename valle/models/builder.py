@@ -28,6 +28,7 @@ def build_model(config: ModelConfig, codebook_size: int) -> AudioLM:
             codebook_size=codebook_size,
             share_embedding=config.share_embedding,
             dropout=config.dropout,
+            qk_norm=config.qk_norm,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

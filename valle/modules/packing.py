@@ -196,9 +196,14 @@ def _replace(parent: nn.Module, name: str, module: nn.Module, dtype: str) -> Non
         _replace(module, inner, child, dtype)
     if isinstance(module, SelfAttention):
         weight, bias = module.in_proj_weight, module.in_proj_bias
-        # The scores' scale goes into the queries' weights, once instead of at every step.
+        # The scores' scale goes into the queries' weights, or into those of their norm, once instead of at every step.
         factor = torch.ones_like(bias)
-        factor[: weight.shape[1]] = module.scale
+        if module.query_norm is None:
+            factor[: weight.shape[1]] = module.scale
+        else:
+            scaled = nn.RMSNorm(module.query_norm.normalized_shape, module.query_norm.eps)
+            scaled.weight = nn.Parameter(module.query_norm.weight * module.scale, requires_grad=False)
+            module.query_norm = scaled
         module.project_in = pack_linear(weight * factor[:, None], bias * factor, dtype)
         module.scale = 1.0
         module.register_parameter("in_proj_weight", None)
@@ -218,6 +223,11 @@ def packed(model: nn.Module, dtype: str) -> Any:
     if kept is None or kept[0] != state:
         kept = copies[dtype] = (state, pack(model, dtype))
     return kept[1]
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what `packed` keeps of a model: while it trains, each copy is used once."""
+    _COPIES.pop(model, None)
 
 
 def _algorithm(activation: str) -> str:

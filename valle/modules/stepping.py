@@ -26,6 +26,7 @@ class _Layer(NamedTuple):
     norm2: Norm
     widen: Callable[[Tensor, str], Tensor]
     narrow: Callable[[Tensor, Tensor], Tensor]
+    head_norm: Callable[[Tensor], Tensor] | None
 
 
 class Stepper:
@@ -55,6 +56,7 @@ class Stepper:
                     _norm(layer.norm2),
                     widen.activated,
                     narrow.added,
+                    _head_norm(attention),
                 )
             )
         self.norm_first = transformer.norm is not None
@@ -83,8 +85,10 @@ class Stepper:
         if self.rotary is not None:
             cosine, sine = self._rotations(positions, cache.chunks * CHUNK)
         for layer, store in zip(self.layers, cache.layers, strict=True):
-            norm1, project_in, project_out, norm2, widen, narrow = layer
+            norm1, project_in, project_out, norm2, widen, narrow, head_norm = layer
             qkv = project_in(layer_norm(x, *norm1) if pre else x).view(split)
+            if head_norm is not None:
+                qkv = head_norm(qkv)
             if self.rotary is not None:
                 turned = qkv.narrow(1, 0, 2 * heads)
                 turned = addcmul(turned * cosine, turned.roll(half, -1), sine)
@@ -98,6 +102,23 @@ class Stepper:
                 x = layer_norm(x, *norm1)
                 x = layer_norm(narrow(widen(x, activation), x), *norm2)
         return (x if self.norm is None else layer_norm(x, *self.norm))[:, None]
+
+
+def _head_norm(attention: Any) -> Callable[[Tensor], Tensor] | None:
+    """Normalizes queries and keys in (rows, 3 · H, d), where the model does."""
+    if attention.query_norm is None:
+        return None
+    heads = attention.nhead
+    weight = torch.stack([attention.query_norm.weight, attention.key_norm.weight]).detach()
+    weight = weight.repeat_interleave(heads, 0)  # (2 · H, d)
+    eps = attention.query_norm.eps
+
+    def normalize(qkv: Tensor) -> Tensor:
+        both = qkv.narrow(1, 0, 2 * heads).float()
+        both = torch.rms_norm(both, both.shape[-1:], None, eps).mul_(weight).to(qkv.dtype)
+        return torch.cat([both, qkv.narrow(1, 2 * heads, heads)], 1)
+
+    return normalize
 
 
 def _norm(module: Any) -> Norm:

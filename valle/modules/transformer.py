@@ -6,11 +6,14 @@ Sources: "Attention is all you need" (arXiv 1706.03762); adaptive normalization 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from valle.modules import cpu
 from valle.modules.bags import BagCache, BagLayer
 from valle.modules.cache import Cache, GraphCache, KVCache, LayerCache
 from valle.modules.embeddings import RotaryPositions, SinePositions, rotate
@@ -19,32 +22,62 @@ Rotation = tuple[Tensor, Tensor]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+class Linear(nn.Linear):
+    """`nn.Linear`, by the CPU's fastest products where there are such."""
 
-    def __init__(self, dim: int, nhead: int, dropout: float) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x, self.weight, self.bias)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, by the CPU's fastest way to draw where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and cpu.serves(x):
+            return cpu.drop(x, self.p)
+        return super().forward(x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return cpu.linear(x, weight, bias) if cpu.serves(x) else F.linear(x, weight, bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D), or packed rows (N, D) -> (N, D).
+
+    Attention's weights have no dropout, which no fused kernel for CPUs offers; its output has.
+
+    Args:
+        dim, nhead: width and heads.
+        qk_norm: normalize queries and keys by their root-mean-square before they turn, which keeps scores from growing
+            (arXiv 2302.05442, section 2, with RMS in the place of layer normalization).
+    """
+
+    def __init__(self, dim: int, nhead: int, qk_norm: bool) -> None:
         super().__init__()
-        self.nhead, self.dropout = nhead, dropout
+        self.nhead = nhead
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
+        self.query_norm = nn.RMSNorm(dim // nhead, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(dim // nhead, eps=1e-6) if qk_norm else None
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
         self.scale = (dim // nhead) ** -0.5
         self.project_in: nn.Module | None = None  # set in packed copies, in the place of in_proj_*
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, rotation: Rotation | None, cache: LayerCache | BagLayer | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rotation: Rotation | None,
+        cache: LayerCache | BagLayer | None,
+        rows: cpu.Rows | None = None,
     ) -> Tensor:
+        if rows is not None:  # x (N, D), rotation (N, d) each
+            return self.out_proj(cpu.attend_rows(self._project(x), rotation, rows, self.scale))
         batch, time, dim = x.shape
-        if self.project_in is not None:
-            qkv = self.project_in(x)
-        else:
-            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.view(batch, time, 3, self.nhead, dim // self.nhead).permute(
-            2, 0, 3, 1, 4
-        )  # (3, B, H, T, d)
-        query, key, value = qkv.unbind(0)
+        query, key, value = self._project(x).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
@@ -56,11 +89,24 @@ class SelfAttention(nn.Module):
                 scores.masked_fill_(~mask, -torch.inf)
             out = scores.softmax(-1) @ value
             return self.out_proj(out.transpose(1, 2).reshape(batch, time, dim))
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=self.scale
-        )
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         return self.out_proj(out.transpose(1, 2).reshape(batch, time, dim))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """(…, D) -> queries, keys and values, (…, 3, H, d)."""
+        if self.project_in is not None:
+            qkv = self.project_in(x)
+        else:
+            qkv = _linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = qkv.view(*x.shape[:-1], 3, self.nhead, x.shape[-1] // self.nhead)
+        if self.query_norm is None or self.key_norm is None:
+            return qkv
+        query, key, value = qkv.unbind(-3)
+        query, key = (
+            norm(part.float()).to(qkv.dtype)
+            for norm, part in ((self.query_norm, query), (self.key_norm, key))
+        )
+        return torch.stack([query, key, value], -3)
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -74,15 +120,19 @@ class AdaptiveLayerNorm(nn.Module):
         with torch.no_grad():
             self.project_layer.bias.copy_(torch.cat([torch.ones(dim), torch.zeros(dim)]))
 
-    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None, rows: cpu.Rows | None = None) -> Tensor:
         weight, bias = self.project_layer(condition).chunk(2, -1)
-        return weight * self.norm(x) + bias
+        if rows is None:
+            return weight * self.norm(x) + bias
+        return cpu.scale_rows(self.norm(x), weight[:, 0], bias[:, 0], rows)
 
 
 class PlainLayerNorm(nn.LayerNorm):
     """Layer normalization with the signature of the adaptive one."""
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, condition: Tensor | None = None, rows: cpu.Rows | None = None
+    ) -> Tensor:
         return super().forward(x)
 
 
@@ -90,15 +140,22 @@ class TransformerLayer(nn.Module):
     """Self-attention and feed-forward network with their normalizations."""
 
     def __init__(
-        self, dim: int, nhead: int, dropout: float, norm_first: bool, adaptive: bool, activation: str
+        self,
+        dim: int,
+        nhead: int,
+        dropout: float,
+        norm_first: bool,
+        adaptive: bool,
+        activation: str,
+        qk_norm: bool,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
         self.activation_name, self.activation = activation, ACTIVATIONS[activation]
-        self.self_attn = SelfAttention(dim, nhead, dropout)
-        self.linear1 = nn.Linear(dim, 4 * dim)
-        self.linear2 = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.self_attn = SelfAttention(dim, nhead, qk_norm)
+        self.linear1 = Linear(dim, 4 * dim)
+        self.linear2 = Linear(4 * dim, dim)
+        self.dropout = Dropout(dropout)
         norm = AdaptiveLayerNorm if adaptive else PlainLayerNorm
         self.norm1, self.norm2 = norm(dim), norm(dim)
 
@@ -109,12 +166,13 @@ class TransformerLayer(nn.Module):
         rotation: Rotation | None,
         cache: LayerCache | BagLayer | None,
         condition: Tensor | None,
+        rows: cpu.Rows | None = None,
     ) -> Tensor:
         if self.norm_first:
-            x = x + self.dropout(self.self_attn(self.norm1(x, condition), mask, rotation, cache))
-            return x + self._feed_forward(self.norm2(x, condition))
-        x = self.norm1(x + self.dropout(self.self_attn(x, mask, rotation, cache)), condition)
-        return self.norm2(x + self._feed_forward(x), condition)
+            x = x + self.dropout(self.self_attn(self.norm1(x, condition, rows), mask, rotation, cache, rows))
+            return x + self._feed_forward(self.norm2(x, condition, rows))
+        x = self.norm1(x + self.dropout(self.self_attn(x, mask, rotation, cache, rows)), condition, rows)
+        return self.norm2(x + self._feed_forward(x), condition, rows)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
@@ -130,7 +188,12 @@ class Transformer(nn.Module):
         adaptive: normalizations take a condition (B, 1, D).
         position: "rope" turns queries and keys, "sine" adds sinusoids to the input.
         activation: "gelu" or "relu".
+        qk_norm: normalize queries and keys.
     """
+
+    # In training: compute each layer's activations a second time, in backward, instead of keeping them.
+    checkpoint_layers = False
+    by_rows = True  # whether training on a CPU goes over rows without padding; compiled layers want one shape
 
     def __init__(
         self,
@@ -142,6 +205,7 @@ class Transformer(nn.Module):
         adaptive: bool = False,
         position: str = "rope",
         activation: str = "gelu",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if dim % nhead or (position == "rope" and dim // nhead % 2):
@@ -152,12 +216,19 @@ class Transformer(nn.Module):
         self.stepper: Callable[[Tensor, Tensor, BagCache], Tensor]
         self.rotary = RotaryPositions(self.head_dim) if position == "rope" else None
         self.sine = SinePositions(dim) if position == "sine" else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # Each layer draws its own weights: a list of copies would start them all identical.
         self.layers: Sequence[TransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
-            TransformerLayer(dim, nhead, dropout, norm_first, adaptive, activation) for _ in range(num_layers)
+            TransformerLayer(dim, nhead, dropout, norm_first, adaptive, activation, qk_norm)
+            for _ in range(num_layers)
         )
         self.norm = (AdaptiveLayerNorm if adaptive else PlainLayerNorm)(dim) if norm_first else None
+
+    def compile_layers(self) -> None:
+        """Let `torch.compile` make one program of each layer, when it runs first."""
+        self.by_rows = False
+        for layer in self.layers:
+            layer.compile(dynamic=True)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `capacity` columns."""
@@ -173,17 +244,61 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Callable[[], Tensor | None] | None = None,
         cache: Cache | None = None,
         condition: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, T, D) at `positions` (B, T) or (T,) -> (B, T, D); with a cache, T new frames behind those it holds."""
+        """(B, T, D) at `positions` (B, T) or (T,) -> (B, T, D); with a cache, T new frames behind those it holds.
+
+        Args:
+            mask: who may attend to whom, True, broadcast to (B, H, T, T); or what makes it when it is needed.
+            condition: (B, 1, D) for adaptive normalization.
+            rows: frames of each row from column 0 on, and how many of them see one another, (B,) each: the same as the
+                mask says. With it, what trains on a CPU computes no padding; outputs there are zeros.
+        """
         if self.sine is not None:
             x = self.sine(x, positions)
         if isinstance(cache, BagCache) and cache.length > 0:
             return self.stepper(x, positions, cache)
+        if (
+            rows is not None
+            and cache is None
+            and self.packed_dtype is None
+            and self.by_rows
+            and cpu.serves(x)
+        ):
+            return self._over_rows(x, positions, condition, cpu.Rows(rows[0].tolist(), rows[1].tolist()))
         rotation = self.rotary(positions) if self.rotary is not None else None
         x = self.dropout(x)
+        mask = mask() if callable(mask) else mask
         for index, layer in enumerate(self.layers):
-            x = layer(x, mask, rotation, cache.layers[index] if cache is not None else None, condition)
+            x = self._run(layer, x, mask, rotation, cache.layers[index] if cache else None, condition)
         return x if self.norm is None else self.norm(x, condition)
+
+    def _over_rows(self, x: Tensor, positions: Tensor, condition: Tensor | None, rows: cpu.Rows) -> Tensor:
+        """`forward` over the valid frames alone, (N, D), one row behind the other."""
+        batch, time, dim = x.shape
+        padded = sum(rows.lens) < batch * time
+        if padded:
+            index = torch.cat([torch.arange(n) + row * time for row, n in enumerate(rows.lens)])
+        packed = x.reshape(-1, dim)
+        packed = packed.index_select(0, index) if padded else packed
+        rotation = None
+        if self.rotary is not None:
+            positions = positions.expand(batch, time).reshape(-1)
+            cosine, sine = self.rotary(positions[index] if padded else positions)
+            rotation = cosine[0, 0], sine[0, 0]
+        packed = self.dropout(packed)
+        for layer in self.layers:
+            packed = self._run(layer, packed, None, rotation, None, condition, rows)
+        if self.norm is not None:
+            packed = self.norm(packed, condition, rows)
+        if padded:
+            packed = packed.new_zeros(batch * time, dim).index_copy(0, index, packed)
+        return packed.view(batch, time, dim)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if self.checkpoint_layers and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
