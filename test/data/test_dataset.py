@@ -1,5 +1,8 @@
 """From cuts to batches."""
 
+import itertools
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +12,39 @@ from synthetic import write_tokenized
 from valle.config import DataConfig
 from valle.data.dataset import CutBatches, PromptTargetDataset, describe_codes, load_codes
 from valle.data.manifests import read_manifest
+from valle.data.packed import PackedCodes
+from valle.utils import distributed
 from valle.utils.errors import UserError
 
+DRAWN = {"prompt_ratio_range": "0.2,0.6", "infill_prob": 0.3, "drop_prompt_prob": 0.3}
 
-def batches(folder, **options):
+
+def batches(folder, training=True, accumulate=1, **options):
     data = DataConfig(**{"max_duration": 8, "num_buckets": 2, **options})
     dataset = PromptTargetDataset(data, 4, 30, 7, draw=True)
-    return CutBatches(folder / "cuts_train.jsonl.gz", data, dataset, 7, training=True)
+    return CutBatches(folder / "cuts_train.jsonl.gz", data, dataset, 7, training, accumulate)
+
+
+def same(one, two):
+    """Two batches are bit-equal, in every key."""
+    return one.keys() == two.keys() and all(
+        torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+        for key, value in one.items()
+    )
+
+
+def padded_frames(batch):
+    return len(batch["ids"]) * batch["num_frames"]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The cuts whose codes have been read, by number."""
+    numbers, original = [], PackedCodes.__getitem__
+    monkeypatch.setattr(
+        PackedCodes, "__getitem__", lambda codes, number: numbers.append(number) or original(codes, number)
+    )
+    return numbers
 
 
 def test_an_epoch_has_every_cut_once_and_is_repeatable(tokenized):
@@ -28,6 +57,13 @@ def test_an_epoch_has_every_cut_once_and_is_repeatable(tokenized):
         assert all(torch.equal(one[key], two[key]) for key in ("x", "x_lens", "y", "y_lens"))
 
 
+def test_validation_goes_through_its_cuts_in_one_order(tokenized):
+    source = batches(tokenized, training=False, drop_last=True, accumulate=50)
+    first, second = (list(source.epoch(number)) for number in (0, 1))
+    assert [batch["ids"] for batch in first] == [batch["ids"] for batch in second]
+    assert sum(len(batch["ids"]) for batch in first) == 24, "all of them, whatever a training leaves out"
+
+
 def test_skipping_gives_the_rest_of_the_same_epoch(tokenized):
     source = batches(tokenized)
     whole = [batch["ids"] for batch in source.epoch(3)]
@@ -35,12 +71,134 @@ def test_skipping_gives_the_rest_of_the_same_epoch(tokenized):
         assert [batch["ids"] for batch in source.epoch(3, skip)] == whole[skip:]
 
 
+def test_skipping_reads_nothing_of_what_is_skipped(tokenized, read):
+    source = batches(tokenized, **DRAWN)
+    whole = list(source.epoch(3))
+    read.clear()
+    assert same(next(source.epoch(3, len(whole) - 1)), whole[-1])
+    assert len(read) == len(whole[-1]["ids"])
+
+
+def test_a_new_process_goes_on_with_the_same_batches(tokenized):
+    """Training, validation and other epochs before it change nothing."""
+    source = batches(tokenized, **DRAWN)
+    went = list(source.epoch(1)) + list(source.epoch(2))
+    fresh = batches(tokenized, **DRAWN)
+    first = source.num_batches(1)
+    assert same(fresh.largest(1), source.largest(1))
+    resumed = list(fresh.epoch(1, 3)) + list(fresh.epoch(2))
+    assert len(resumed) == len(went) - 3
+    assert all(same(one, two) for one, two in zip(resumed, went[3:], strict=True))
+    assert fresh.num_batches(1) == first == sum(1 for _ in fresh.epoch(1))
+
+
+def test_two_epochs_at_once_do_not_mix(tokenized):
+    source = batches(tokenized, **DRAWN)
+    apart = [list(source.epoch(number)) for number in (1, 2)]
+    together = itertools.zip_longest(source.epoch(1), source.epoch(2))
+    for expected, found in zip(itertools.zip_longest(*apart), together, strict=True):
+        assert all(one is two is None or same(one, two) for one, two in zip(expected, found, strict=True))
+
+
 def test_workers_do_not_change_the_batches(tokenized):
-    alone, helped = (
-        list(batches(tokenized, num_workers=n, prompt_ratio_range="0.2,0.6").epoch(2)) for n in (0, 2)
+    alone, helped = (list(batches(tokenized, num_workers=n, **DRAWN).epoch(2)) for n in (0, 2))
+    assert len(alone) > 4
+    assert all(same(one, two) for one, two in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_do_not_draw_from_the_random_numbers_of_the_training(tokenized, workers):
+    def state():
+        return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
+
+    source = batches(tokenized, num_workers=workers, **DRAWN)
+    before = state()
+    list(source.epoch(1))
+    source.largest(1)
+    assert state() == before
+
+
+def test_ranks_share_the_cuts_and_the_one_that_is_short_gets_a_filler(tokenized, monkeypatch):
+    cuts = sorted(cut.id for cut in read_manifest(tokenized / "cuts_train.jsonl.gz"))
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    for training in (True, False):
+        ranks = []
+        for rank in range(4):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            ranks.append(list(batches(tokenized, training, max_duration=5).epoch(1)))
+        assert len({len(rank) for rank in ranks}) == 1
+        every = [batch for rank in ranks for batch in rank]
+        assert sorted(cut for b in every if not b["filler"] for cut in b["ids"]) == cuts
+        fillers = [batch for batch in every if batch["filler"]]
+        assert fillers and all(batch["y_lens"].min() > 0 for batch in fillers), "a batch that can be computed"
+
+
+def test_two_ranks_train_on_what_one_accumulates(tokenized, monkeypatch):
+    alone = list(batches(tokenized, accumulate=2, **DRAWN).epoch(1))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    ranks = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        ranks.append(list(batches(tokenized, **DRAWN).epoch(1)))
+    shared = [batch for step in zip(*ranks, strict=True) for batch in step if not batch["filler"]]
+    assert all(same(one, two) for one, two in zip(alone, shared, strict=True))
+
+
+def test_the_largest_batch_is_found_without_reading_the_others(tokenized, read):
+    source = batches(tokenized, prompt_ratio_range="0.2,0.6", infill_prob=0.3)
+    every = list(source.epoch(4))
+    read.clear()
+    largest = source.largest(4)
+    assert len(read) == len(largest["ids"])
+    assert any(same(largest, batch) for batch in every)
+    assert padded_frames(largest) == max(map(padded_frames, every))
+    # As if the budget were another; this source's own stays.
+    smaller = source.largest(4, max_duration=3.0)
+    assert same(
+        smaller, batches(tokenized, max_duration=3, prompt_ratio_range="0.2,0.6", infill_prob=0.3).largest(4)
     )
-    assert [b["ids"] for b in alone] == [b["ids"] for b in helped]
-    assert all(torch.equal(a["y"], b["y"]) for a, b in zip(alone, helped, strict=True))
+    assert padded_frames(smaller) < padded_frames(largest)
+    assert same(source.largest(4), largest)
+    assert len(source.largest(4, max_duration=1e6)["ids"]) == 24
+
+
+def test_the_largest_batch_is_as_large_as_any_may_be_drawn(tokenized):
+    """Rows whose prompt is dropped are short, which rows those are changes from epoch to epoch."""
+    source = batches(tokenized, prompt_ratio_range="0.2,0.6", drop_prompt_prob=1.0)
+    assert padded_frames(source.largest(2)) > max(map(padded_frames, source.epoch(2)))
+    assert same(source.largest(2), batches(tokenized, prompt_ratio_range="0.2,0.6").largest(2))
+
+
+def test_the_share_of_padding_is_counted(tokenized):
+    source = batches(tokenized)
+    every = list(source.epoch(2))
+    used = sum(int((batch["x_lens"] + batch["y_lens"]).sum()) for batch in every)
+    assert source.padding_share(2) == pytest.approx(1 - used / sum(map(padded_frames, every)))
+    assert 0 < source.padding_share(2) < batches(tokenized, bucketing_sampler=False).padding_share(2)
+
+
+def test_settings_that_leave_no_batch_are_named(tokenized):
+    for options, message in (
+        ({"max_duration": 0}, "--max-duration is 0"),
+        ({"max_duration": float("nan")}, "--max-duration is nan"),
+        ({"num_buckets": 0}, "--num-buckets is 0, expected 1 or more"),
+        ({"num_workers": -1}, "--num-workers is -1"),
+        ({"drop_last": True, "accumulate": 50}, "--drop-last leaves no batch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            batches(tokenized, **options)
+
+
+def test_a_cut_of_one_frame_is_named_before_training(tokenized):
+    manifest = tokenized / "cuts_train.jsonl.gz"
+    cuts = list(read_manifest(manifest))
+    path = tokenized / "codes" / f"{cuts[5].id}.npy"
+    np.save(path, np.load(path)[:1])
+    cuts[5].duration = 0.02
+    CutSet.from_cuts(cuts).to_file(str(manifest))
+    with pytest.raises(UserError, match=f"{cuts[5].id}': 1 frame cannot be split"):
+        batches(tokenized)
+    assert len(list(batches(tokenized, filter_min_duration=0.5).epoch(1))) > 1
 
 
 def test_a_row_does_not_depend_on_its_batch(tokenized):
@@ -61,7 +219,7 @@ def test_batches_respect_duration_and_filters(tokenized):
     durations = {cut.id: cut.duration for cut in read_manifest(tokenized / "cuts_train.jsonl.gz")}
     seen = []
     for batch in batches(tokenized, filter_min_duration=1.2, filter_max_duration=1.8).epoch(1):
-        assert sum(durations[cut] for cut in batch["ids"]) <= 8
+        assert max(durations[cut] for cut in batch["ids"]) * len(batch["ids"]) <= 8
         seen += batch["ids"]
     assert sorted(seen) == sorted(cut for cut, length in durations.items() if 1.2 <= length <= 1.8)
 

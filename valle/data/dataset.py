@@ -1,80 +1,33 @@
-"""From cuts to batches: codes read and checked, split into prompt and target, padded.
+"""From cuts to batches: packed codes, planned into batches, split into prompt and target, padded.
 
 A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_lens (B,) the targets, prefix_lens (B,)
-the frames of each prompt that stand before its target (fewer than x_lens where a gap is filled), ids (B strings).
+the frames of each prompt that stand before its target (fewer than x_lens where a gap is filled), ids (B strings),
+num_frames (the longest row, prompt and target together), and filler (true: the batch does not count).
 """
 
+import copy
 import json
 import logging
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lhotse import CutSet
-from lhotse.cut import Cut
-from lhotse.dataset.sampling import DynamicBucketingSampler, DynamicCutSampler
 from torch.utils.data import DataLoader, Dataset
 
 from valle.config import DataConfig
-from valle.data.manifests import read_manifest
+from valle.data.batching import BatchPlan, EpochPlan, PlannedBatch
+from valle.data.manifests import stream_manifest
+from valle.data.packed import PackedCodes, load_codes, open_packed
 from valle.data.split import draw_split, drawn_ratio, parse_ratio_range, split_prompt_target
 from valle.utils import distributed
 from valle.utils.errors import UserError
+from valle.utils.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
 FALLBACK_CODEBOOK_SIZE = 2048  # EnCodec 32 kHz: manifests of older recipes do not name their codec
-
-
-def load_codes(cut: Cut, num_quantizers: int | None = None, codebook_size: int | None = None) -> np.ndarray:
-    """A cut's codec tokens.
-
-    They are the custom array `audio_features`, or `cut.features` as older VALL-E recipes write them.
-
-    Args:
-        cut: with codes.
-        num_quantizers: read the first so many (default: all).
-        codebook_size: codes must be below it.
-
-    Returns:
-        (T, Q) int64.
-
-    Raises:
-        UserError: no codes, unreadable, too few quantizers, or codes out of range.
-    """
-    custom = getattr(cut, "custom", None) or {}
-    try:
-        if "audio_features" in custom:
-            codes = np.asarray(cut.load_audio_features())
-        elif cut.has_features:
-            codes = np.asarray(cut.load_features())
-        else:
-            raise UserError(f"cut '{cut.id}' has no codes; run prepare.sh --stage 2")
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"cut '{cut.id}': its codes cannot be read ({error}); run prepare.sh --stage 2"
-        ) from error
-    if codes.ndim != 2 or codes.shape[0] == 0:
-        raise UserError(f"cut '{cut.id}': codes of shape {codes.shape}, expected (frames, quantizers)")
-    if num_quantizers is not None:
-        if codes.shape[1] < num_quantizers:
-            raise UserError(
-                f"cut '{cut.id}': {codes.shape[1]} quantizers, but {num_quantizers} are to be modelled; "
-                "run prepare.sh --stage 2 again, or lower --num-quantizers"
-            )
-        codes = codes[:, :num_quantizers]
-    if np.issubdtype(codes.dtype, np.floating) and not np.array_equal(codes, np.round(codes)):
-        raise UserError(f"cut '{cut.id}': its features are no codec tokens (they have fractions)")
-    codes = codes.astype(np.int64)
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or (codebook_size is not None and high >= codebook_size):
-        raise UserError(
-            f"cut '{cut.id}': codes from {low} to {high}, expected 0 to {(codebook_size or 65536) - 1}; "
-            "were they made with another codec?"
-        )
-    return codes
 
 
 def read_codec_info(manifest_dir: Path) -> dict[str, Any] | None:
@@ -94,7 +47,7 @@ def describe_codes(manifest_dir: Path, cuts: Path) -> dict[str, Any]:
     """`read_codec_info`, or what the first cut tells."""
     info = read_codec_info(manifest_dir)
     if info is None:
-        quantizers = load_codes(next(iter(read_manifest(cuts)))).shape[1]
+        quantizers = load_codes(next(stream_manifest(cuts))).shape[1]
         log.warning(
             "'%s' has no codec.json; taking %d quantizers x %d codes",
             manifest_dir,
@@ -105,8 +58,8 @@ def describe_codes(manifest_dir: Path, cuts: Path) -> dict[str, Any]:
     return info
 
 
-class PromptTargetDataset(Dataset):
-    """Turns a list of cuts into a batch.
+class PromptTargetDataset:
+    """Turns the codes of recordings into a batch.
 
     Args:
         config: prompt ratio and its range, shares of rows to fill in and of dropped prompts.
@@ -130,36 +83,36 @@ class PromptTargetDataset(Dataset):
         self.range = parse_ratio_range(config.prompt_ratio_range) if draw else None
         self.infill_prob = config.infill_prob if draw else 0.0
         self.drop_prompt_prob = config.drop_prompt_prob if draw else 0.0
-        self.current_epoch = 0
 
-    def __getitem__(self, cuts: CutSet) -> dict[str, Any]:
-        rows, places, ids = [], [], []
-        for cut in cuts:
-            codes = load_codes(cut, self.num_quantizers, self.codebook_size)
-            ratio = self.ratio
-            if self.range is not None:
-                ratio = drawn_ratio(*self.range, cut.id, self.current_epoch, self.seed)
-            if len(codes) < 2:
-                raise UserError(f"cut '{cut.id}': 1 frame cannot be split; raise --filter-min-duration")
-            rows.append(torch.from_numpy(codes))
+    def batch(self, ids: Sequence[str], codes: Sequence[np.ndarray], epoch: int) -> dict[str, Any]:
+        """A batch of recordings; what is drawn for one depends on its id, the epoch and the seed alone.
+
+        Args:
+            ids: B names.
+            codes: B arrays (T, Q) of 2 frames or more.
+            epoch: number of the epoch.
+        """
+        lens = torch.tensor([len(row) for row in codes])
+        padded = np.zeros((len(codes), int(lens.max()), self.num_quantizers), dtype=np.int64)
+        places = []
+        for row, (name, frames) in enumerate(zip(ids, codes, strict=True)):
+            padded[row, : len(frames)] = frames
+            ratio = self.ratio if self.range is None else drawn_ratio(*self.range, name, epoch, self.seed)
             places.append(
                 draw_split(
-                    len(codes), ratio, self.infill_prob, self.drop_prompt_prob,
-                    cut.id, self.current_epoch, self.seed,
+                    len(frames), ratio, self.infill_prob, self.drop_prompt_prob, name, epoch, self.seed
                 )
-            )  # fmt: skip
-            ids.append(cut.id)
-        lens = torch.tensor([len(row) for row in rows])
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            )
         prompt_starts, target_starts, target_lens = torch.tensor(places).unbind(1)
-        split = split_prompt_target(padded, lens, target_starts, target_lens, prompt_starts)
+        split = split_prompt_target(torch.from_numpy(padded), lens, target_starts, target_lens, prompt_starts)
         return {
             "x": split.prompt,
             "x_lens": split.prompt_lens,
             "y": split.target,
             "y_lens": split.target_lens,
             "prefix_lens": split.prefix_lens,
-            "ids": ids,
+            "ids": list(ids),
+            "num_frames": int((split.prompt_lens + split.target_lens).max()),
         }
 
 
@@ -169,77 +122,136 @@ class CutBatches:
     Args:
         manifest: cuts with codes.
         config: batching, filters, workers.
-        dataset: makes a batch of cuts.
+        dataset: makes a batch of codes.
         seed: of the order.
         training: shuffle, as the configuration says; validation keeps one order.
+        accumulate_grad_steps: batches that a rank sums up in one training step.
+
+    Attributes:
+        seconds: of all cuts.
     """
 
     def __init__(
-        self, manifest: Path, config: DataConfig, dataset: PromptTargetDataset, seed: int, training: bool
-    ):
+        self,
+        manifest: Path,
+        config: DataConfig,
+        dataset: PromptTargetDataset,
+        seed: int,
+        training: bool,
+        accumulate_grad_steps: int = 1,
+    ) -> None:
+        for name, least in (("max_duration", 0.001), ("num_buckets", 1), ("num_workers", 0)):
+            if not getattr(config, name) >= least:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(config, name)}, expected {least:g} or more"
+                )
         self.config, self.dataset, self.seed = config, dataset, seed
-        self.shuffle = training and config.shuffle
-        self.drop_last = training and config.drop_last
+        self.codes = open_packed(manifest, dataset.num_quantizers, dataset.codebook_size)
         low, high = config.filter_min_duration, config.filter_max_duration
-        every = read_manifest(manifest)
-        self.cuts = [cut for cut in every if low <= cut.duration <= high]
-        self.seconds = sum(cut.duration for cut in self.cuts)
-        if not self.cuts:
+        durations = self.codes.durations
+        self.kept = np.flatnonzero((low <= durations) & (durations <= high))
+        if not len(self.kept):
             raise UserError(
-                f"'{manifest}': none of its {len(every)} cuts lasts {low:g} to {high:g} s; "
+                f"'{manifest}': none of its {len(self.codes)} cuts lasts {low:g} to {high:g} s; "
                 "change --filter-min-duration or --filter-max-duration"
             )
-        log.info("%s: %d of %d cuts, %.2f h", manifest.name, len(self.cuts), len(every), self.seconds / 3600)
+        self.frames = self.codes.frames[self.kept]
+        if self.frames.min() < 2:
+            name = self.codes.id(self.kept[self.frames.argmin()])
+            raise UserError(f"cut '{name}': 1 frame cannot be split; raise --filter-min-duration")
+        self.plan = BatchPlan(
+            durations[self.kept],
+            config.max_duration,
+            config.num_buckets if config.bucketing_sampler else 0,
+            shuffle=training and config.shuffle,
+            drop_last=training and config.drop_last,
+            seed=seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            accumulate_grad_steps=accumulate_grad_steps if training else 1,
+        )
+        self._planned: tuple[int, EpochPlan] | None = None
+        self.seconds = float(self.plan.durations.sum())
+        log.info(
+            "%s: %d of %d cuts, %.2f h; %d batches an epoch, %.1f %% of their frames padding",
+            *(manifest.name, len(self.kept), len(self.codes), self.seconds / 3600),
+            *(len(self._epoch_plan(1).starts) - 1, 100 * self.padding_share(1)),
+        )
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of one epoch from number `skip` on; the same for the same epoch and seed."""
-        sampler = self._sampler()
-        sampler.set_epoch(epoch)
-        self.dataset.current_epoch = epoch
         loader = DataLoader(
-            self.dataset,
-            sampler=_Skipping(sampler, skip),
+            _Batches(self.codes, self.kept, self.dataset, epoch),
+            sampler=_From(self._epoch_plan(epoch), skip),
             batch_size=None,
             num_workers=self.config.num_workers,
+            worker_init_fn=leave_to_parent,
+            pin_memory=torch.cuda.is_available(),
             # Its own generator: a loader would else draw from the stream that dropout uses, and a resumed training,
             # which makes one loader more, would go another way.
             generator=torch.Generator().manual_seed(self.seed),
         )
         return iter(loader)
 
-    def _sampler(self) -> Any:
-        # The cuts of a small corpus are in memory: lhotse's advice to read them lazily does not apply.
-        warnings.filterwarnings("ignore", message=".*eagerly read CutSet.*", module="lhotse")
-        common = dict(
-            max_duration=self.config.max_duration,
-            shuffle=self.shuffle,
-            drop_last=self.drop_last,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            seed=self.seed,
-        )
-        cuts = CutSet.from_cuts(self.cuts).to_eager()
-        if self.config.bucketing_sampler:
-            # More buckets than cuts cannot be estimated.
-            buckets = max(1, min(self.config.num_buckets, len(self.cuts) // 2))
-            if buckets > 1:
-                return DynamicBucketingSampler(
-                    cuts, num_buckets=buckets, buffer_size=self.config.buffer_size, **common
+    def num_batches(self, epoch: int) -> int:
+        """Batches of this rank, and of every other, in an epoch."""
+        return len(self._epoch_plan(epoch))
+
+    def padding_share(self, epoch: int) -> float:
+        """Part of the frames of an epoch's batches that is padding, 0 to 1."""
+        return 1.0 - float(self.frames.sum() / self._epoch_plan(epoch).padded(self.frames).sum())
+
+    def largest(self, epoch: int, max_duration: float | None = None) -> dict[str, Any]:
+        """The batch of an epoch, of all ranks, that has most frames with padding; no other is read.
+
+        No prompt is dropped in it: it is as large as any batch can be.
+
+        Args:
+            epoch: number of the epoch.
+            max_duration: as if `--max-duration` were so many seconds (default: as it is).
+        """
+        plan = self._epoch_plan(epoch)
+        if max_duration is not None:
+            plan = replace(self.plan, max_duration=max_duration).epoch(epoch)
+        cuts = plan.cuts(int(plan.padded(self.frames).argmax()))
+        dataset = copy.copy(self.dataset)
+        dataset.drop_prompt_prob = 0.0
+        return _Batches(self.codes, self.kept, dataset, epoch)[PlannedBatch(cuts, False)]
+
+    def _epoch_plan(self, epoch: int) -> EpochPlan:
+        if self._planned is None or self._planned[0] != epoch:
+            plan = self.plan.epoch(epoch)
+            if not len(plan):
+                raise UserError(
+                    f"--drop-last leaves no batch: {len(plan.starts) - 1} an epoch, but a step takes "
+                    f"{self.plan.group_size}; lower --max-duration or --accumulate-grad-steps"
                 )
-        return DynamicCutSampler(cuts, **common)
+            self._planned = (epoch, plan)
+        return self._planned[1]
 
 
-class _Skipping:
-    """A sampler without its first batches; they are drawn, not loaded."""
+class _Batches(Dataset):
+    """Planned batches -> batches. All that decides about one comes with the request, so any worker makes the same."""
 
-    def __init__(self, sampler: Any, skip: int) -> None:
-        self.sampler, self.skip = sampler, skip
+    def __init__(
+        self, codes: PackedCodes, kept: np.ndarray, dataset: PromptTargetDataset, epoch: int
+    ) -> None:
+        self.codes, self.kept, self.dataset, self.epoch = codes, kept, dataset, epoch
 
-    def __iter__(self) -> Iterator[CutSet]:
-        # `yield from` would call iter() again, and lhotse's samplers begin anew at each iter().
-        batches = iter(self.sampler)
-        number = 0
-        while (batch := next(batches, None)) is not None:
-            if number >= self.skip:
-                yield batch
-            number += 1
+    def __getitem__(self, planned: PlannedBatch) -> dict[str, Any]:
+        cuts = self.kept[planned.cuts].tolist()
+        ids, rows = [self.codes.id(cut) for cut in cuts], [self.codes[cut] for cut in cuts]
+        return {**self.dataset.batch(ids, rows, self.epoch), "filler": planned.filler}
+
+
+class _From:
+    """The sampler of a loader: a plan's batches from number `skip` on."""
+
+    def __init__(self, plan: EpochPlan, skip: int) -> None:
+        self.plan, self.skip = plan, skip
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return (self.plan[number] for number in range(self.skip, len(self.plan)))
+
+    def __len__(self) -> int:
+        return max(0, len(self.plan) - self.skip)

@@ -12,7 +12,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,19 +188,28 @@ def read_manifest(path: Path) -> CutSet:
     """Read cuts into memory.
 
     Raises:
-        UserError: no such file, or it holds no cuts.
+        UserError: no such file, or it holds something else.
+    """
+    return CutSet.from_cuts(stream_manifest(path))
+
+
+def stream_manifest(path: Path) -> Iterator[Cut]:
+    """Read cuts one after the other, for manifests that memory would not hold.
+
+    Raises:
+        UserError: no such file, or it holds something else.
     """
     if not path.is_file():
         raise UserError(f"manifest '{path}' does not exist; run the stage of prepare.sh that writes it")
     try:
-        cuts = list(CutSet.from_file(path))
+        for cut in CutSet.from_file(path):
+            if not isinstance(cut, Cut):
+                raise TypeError(f"it holds a {type(cut).__name__}")
+            yield cut
     except Exception as error:  # lhotse and gzip raise a dozen kinds for what is not a manifest
         raise UserError(
             f"'{path}' is no manifest of lhotse cuts ({type(error).__name__}: {error})"
         ) from error
-    if not all(isinstance(cut, Cut) for cut in cuts):
-        raise UserError(f"'{path}' is no manifest of lhotse cuts")
-    return CutSet.from_cuts(cuts)
 
 
 def make_recording(recording_id: str, path: Path, wav_shape: tuple[int, ...], sample_rate: int) -> Recording:

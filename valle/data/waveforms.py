@@ -35,6 +35,7 @@ class RandomSegments:
         if not paths:
             raise UserError("no recordings to train the codec on")
         self.num_samples, self.batch_size, self.seed = round(seconds * sample_rate), batch_size, seed
+        self.piece_seconds = self.num_samples / sample_rate
         loaded = []
         for path in progress(paths, desc="reading", unit="file"):
             wav = convert_audio(*load_audio(path), sample_rate, 1)[0]
@@ -48,15 +49,29 @@ class RandomSegments:
         self.seconds = float(lengths.sum() / sample_rate)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of one epoch, from number `skip` on."""
+        """The batches of one epoch, from number `skip` on; every rank has as many, as it holds the same recordings."""
         for number in range(skip, self.batches_per_epoch):
-            draw = np.random.default_rng((self.seed, epoch, number))
-            chosen = draw.choice(len(self.recordings), self.batch_size, p=self.weights)
-            pieces = []
-            for index in chosen:
-                wav = self.recordings[index]
-                start = draw.integers(0, len(wav) - self.num_samples + 1)
-                piece = wav[start : start + self.num_samples].astype(np.float32) / 32767
-                gain = 10 ** (draw.uniform(*GAIN_DB) / 20)
-                pieces.append(piece * min(gain, PEAK / max(float(np.abs(piece).max()), 1e-4)))
-            yield {"wav": torch.from_numpy(np.stack(pieces).astype(np.float32))[:, None]}
+            yield self._batch(epoch, number, self.batch_size)
+
+    def largest(self, epoch: int, max_duration: float | None = None) -> dict[str, Any]:
+        """The first batch of an epoch: all are as large.
+
+        Args:
+            epoch: number of the epoch.
+            max_duration: as if a batch had so many seconds of pieces, one piece or more (default: as it is).
+        """
+        if max_duration is None:
+            return self._batch(epoch, 0, self.batch_size)
+        return self._batch(epoch, 0, max(1, int(max_duration / self.piece_seconds + 1e-6)))
+
+    def _batch(self, epoch: int, number: int, batch_size: int) -> dict[str, Any]:
+        draw = np.random.default_rng((self.seed, epoch, number))
+        chosen = draw.choice(len(self.recordings), batch_size, p=self.weights)
+        pieces = []
+        for index in chosen:
+            wav = self.recordings[index]
+            start = draw.integers(0, len(wav) - self.num_samples + 1)
+            piece = wav[start : start + self.num_samples].astype(np.float32) / 32767
+            gain = 10 ** (draw.uniform(*GAIN_DB) / 20)
+            pieces.append(piece * min(gain, PEAK / max(float(np.abs(piece).max()), 1e-4)))
+        return {"wav": torch.from_numpy(np.stack(pieces).astype(np.float32))[:, None]}

@@ -1,0 +1,306 @@
+"""Codes of one cut, and of a whole manifest in one file that is mapped into memory.
+
+Trainings read the latter: no lhotse cuts in memory, no file to open a cut.
+
+    <manifest's folder>/packed/<manifest's name>-<digest>-<Q>x<V>/
+        codes.u16      (F, Q) little-endian uint16, cut after cut in the manifest's order
+        ends.npy       (N,) int64: the frame behind each cut's last
+        durations.npy  (N,) float64 seconds
+        ids.npy        uint8: all ids as UTF-8, one after the other
+        id_ends.npy    (N,) int64: the byte behind each id's last
+        pack.json      what it holds, and the time stamps of what it was read from
+
+Whichever process needs a pack first builds it while others wait, and again when manifest or code files have changed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.cut import Cut
+
+from valle.data.manifests import stream_manifest
+from valle.utils.errors import UserError
+from valle.utils.progress import progress
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+LARGEST_CODEBOOK = 65536  # that uint16 holds
+WATCHED_FILES = 64  # about so many code files, spread over the manifest, are watched besides their folders
+UNFINISHED = ".unfinished-"
+
+
+def load_codes(cut: Cut, num_quantizers: int | None = None, codebook_size: int | None = None) -> np.ndarray:
+    """A cut's codec tokens.
+
+    They are the custom array `audio_features`, or `cut.features` as older VALL-E recipes write them.
+
+    Args:
+        cut: with codes.
+        num_quantizers: read the first so many (default: all).
+        codebook_size: codes must be below it.
+
+    Returns:
+        (T, Q) int64.
+
+    Raises:
+        UserError: no codes, unreadable, too few quantizers, or codes out of range.
+    """
+    custom = getattr(cut, "custom", None) or {}
+    try:
+        if "audio_features" in custom:
+            codes = np.asarray(cut.load_audio_features())
+        elif cut.has_features:
+            codes = np.asarray(cut.load_features())
+        else:
+            raise UserError(f"cut '{cut.id}' has no codes; run prepare.sh --stage 2")
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"cut '{cut.id}': its codes cannot be read ({error}); run prepare.sh --stage 2"
+        ) from error
+    if codes.ndim != 2 or codes.shape[0] == 0:
+        raise UserError(f"cut '{cut.id}': codes of shape {codes.shape}, expected (frames, quantizers)")
+    if num_quantizers is not None:
+        if codes.shape[1] < num_quantizers:
+            raise UserError(
+                f"cut '{cut.id}': {codes.shape[1]} quantizers, but {num_quantizers} are to be modelled; "
+                "run prepare.sh --stage 2 again, or lower --num-quantizers"
+            )
+        codes = codes[:, :num_quantizers]
+    if np.issubdtype(codes.dtype, np.floating) and not np.array_equal(codes, np.round(codes)):
+        raise UserError(f"cut '{cut.id}': its features are no codec tokens (they have fractions)")
+    codes = codes.astype(np.int64)
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or (codebook_size is not None and high >= codebook_size):
+        raise UserError(
+            f"cut '{cut.id}': codes from {low} to {high}, expected 0 to {(codebook_size or 65536) - 1}; "
+            "were they made with another codec?"
+        )
+    return codes
+
+
+class PackedCodes:
+    """The codes of all cuts of a manifest: `codes[i]` is cut i's, (T, Q) uint16, a view into the file.
+
+    Args:
+        folder: a pack.
+
+    Attributes:
+        frames: (N,) int64 of each cut.
+        durations: (N,) float64 seconds.
+
+    Raises:
+        OSError, ValueError, KeyError: it is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        info = json.loads((folder / "pack.json").read_text())
+        shape = (int(info["frames"]), int(info["num_quantizers"]))
+        if info["format"] != FORMAT:
+            raise ValueError(f"format {info['format']}, expected {FORMAT}")
+        self.sources: dict[str, list[int]] = info["sources"]
+        self._codes = np.memmap(folder / "codes.u16", dtype="<u2", mode="r", shape=shape).view(np.ndarray)
+        self._ends, self.durations, self._ids, self._id_ends = (
+            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            for name in ("ends", "durations", "ids", "id_ends")
+        )
+        self.frames = np.diff(self._ends, prepend=0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        end = self._ends[index]
+        return self._codes[end - self.frames[index] : end]
+
+    def id(self, index: int) -> str:
+        """A cut's id."""
+        start = self._id_ends[index - 1] if index else 0
+        return self._ids[start : self._id_ends[index]].tobytes().decode()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps the file itself.
+        return PackedCodes, (self.folder,)
+
+
+def open_packed(manifest: Path, num_quantizers: int, codebook_size: int) -> PackedCodes:
+    """The codes of a manifest; they are packed first, and checked, where that has not been done.
+
+    A pack is kept beside the manifest, or where nothing can be written there, in the folder for temporary files. Packs
+    of what the manifest was before are removed. A code file that is overwritten in place is noticed by chance only, as
+    no more than `WATCHED_FILES` of them are looked at; those of this package have a digest of their content's origin in
+    their name.
+
+    Args:
+        manifest: cuts with codes.
+        num_quantizers: the first so many are packed.
+        codebook_size: codes must be below it.
+
+    Raises:
+        UserError: what `load_codes` says of a cut; no manifest; no folder that can be written.
+    """
+    name = re.sub(r"\.jsonl(\.gz)?$", "", manifest.name)
+    pack = f"{name}-{_digest(manifest)}-{num_quantizers}x{codebook_size}"
+    place = hashlib.sha1(str(manifest.resolve().parent).encode()).hexdigest()[:12]
+    folders = [
+        manifest.parent / "packed",
+        Path(tempfile.gettempdir()) / f"valle-packed-{os.getuid()}" / place,
+    ]
+    for folder in folders:
+        if (codes := _opened(folder / pack)) is not None:
+            return codes
+    reasons = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder) as alone:
+                # Another process may have packed them while this one waited.
+                if (codes := _opened(folder / pack)) is None:
+                    _build(manifest, folder / pack, num_quantizers, codebook_size)
+                    codes = PackedCodes(folder / pack)
+                if alone:
+                    _remove_stale(folder, name, pack)
+                return codes
+        except OSError as error:
+            reasons.append(f"'{folder}': {error.strerror or error}")
+            log.warning("codes cannot be packed in %s", reasons[-1])
+    raise UserError(
+        f"'{manifest}': its codes cannot be packed ({'; '.join(reasons)}); free space, or set TMPDIR to a folder that "
+        "can be written"
+    )
+
+
+def _digest(manifest: Path) -> str:
+    try:
+        with open(manifest, "rb") as file:
+            return hashlib.file_digest(file, "sha1").hexdigest()[:12]
+    except FileNotFoundError:
+        raise UserError(
+            f"manifest '{manifest}' does not exist; run the stage of prepare.sh that writes it"
+        ) from None
+
+
+def _opened(folder: Path) -> PackedCodes | None:
+    """A pack that is there, whole, and of code files that have not changed since."""
+    if not folder.is_dir():
+        return None
+    try:
+        codes = PackedCodes(folder)
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("'%s' is damaged (%s): codes are packed anew", folder, error)
+        return None
+    for path, stamp in codes.sources.items():
+        if _stamp(path) not in (stamp, None):  # what is gone contradicts nothing
+            log.info("'%s' has changed: codes are packed anew", path)
+            return None
+    return codes
+
+
+def _stamp(path: str) -> list[int] | None:
+    """What changes when a file or the list of a folder's files does; None: there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_mtime_ns] if os.path.isdir(path) else [status.st_mtime_ns, status.st_size]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Wait until no other process packs in a folder; the lock of one that dies is freed by the system.
+
+    Yields whether that is certain: some network file systems have no locks. Work is then done twice at worst.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process packs codes in '%s': waiting for it", folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+
+
+def _build(manifest: Path, folder: Path, num_quantizers: int, codebook_size: int) -> None:
+    """Write a pack: under another name, then renamed."""
+    limit = min(codebook_size, LARGEST_CODEBOOK)
+    ends, durations, id_ends, ids = array("q"), array("d"), array("q"), bytearray()
+    sources: set[str] = set()
+    watched: list[str] = []
+    stride, frames = 1, 0
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as name:
+        unfinished = Path(name) / folder.name  # with the usual permissions, which the one around it has not
+        unfinished.mkdir()
+        cuts = progress(stream_manifest(manifest), desc=f"packing {manifest.name}", unit="cut")
+        with open(unfinished / "codes.u16", "wb") as file, cuts:
+            for number, cut in enumerate(cuts):
+                codes = load_codes(cut, num_quantizers, limit)
+                file.write(codes.astype("<u2").tobytes())
+                frames += len(codes)
+                ids += cut.id.encode()
+                ends.append(frames)
+                durations.append(cut.duration)
+                id_ends.append(len(ids))
+                path = _code_file(cut)
+                sources.add(os.path.dirname(path))
+                if number % stride == 0:
+                    watched.append(path)
+                    if len(watched) == 2 * WATCHED_FILES:
+                        watched, stride = watched[::2], 2 * stride
+        parts = {
+            "ends": ends,
+            "durations": durations,
+            "id_ends": id_ends,
+            "ids": np.frombuffer(ids, np.uint8),
+        }
+        for part, values in parts.items():
+            np.save(unfinished / f"{part}.npy", np.asarray(values))
+        stamps = {path: _stamp(path) for path in sorted({*sources, *watched} - {""})}
+        info = {
+            "format": FORMAT,
+            "manifest": str(manifest.resolve()),
+            "cuts": len(ends),
+            "frames": frames,
+            "num_quantizers": num_quantizers,
+            "sources": {path: stamp for path, stamp in stamps.items() if stamp is not None},
+        }
+        (unfinished / "pack.json").write_text(json.dumps(info, indent=1) + "\n")
+        if folder.exists():  # damaged, or of other code files
+            os.rename(folder, Path(name) / "old")
+        os.rename(unfinished, folder)
+    log.info(
+        "packed the codes of %d cuts (%.0f MB) in '%s'", len(ends), frames * num_quantizers * 2e-6, folder
+    )
+
+
+def _code_file(cut: Cut) -> str:
+    """The file that a cut's codes are in, or a place in it; "" where they are in the manifest itself."""
+    custom = getattr(cut, "custom", None) or {}
+    stored: Any = custom.get("audio_features") or getattr(cut, "features", None)
+    stored = getattr(stored, "array", stored)  # a TemporalArray's, while Features are their own
+    path = getattr(stored, "storage_path", None)
+    return os.path.join(str(path), str(stored.storage_key)) if path else ""
+
+
+def _remove_stale(folder: Path, name: str, pack: str) -> None:
+    """Delete packs of the manifest as it was, and what builds that were killed have left."""
+    digest = pack.rsplit("-", 2)[1]
+    for other in folder.iterdir():
+        match = re.fullmatch(re.escape(name) + r"-([0-9a-f]{12})-\d+x\d+", other.name)
+        if other.name.startswith(UNFINISHED) or (match and match[1] != digest):
+            shutil.rmtree(other, ignore_errors=True)
