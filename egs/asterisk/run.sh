@@ -35,6 +35,10 @@ Stages:
 data_dir=$(absolute_path "$data_dir")
 exp_dir=$(absolute_path "$exp_dir")
 
+# The reference run, whose band is drawn beside the curves, is of English.
+reference=$recipe/conf/reference.json
+[[ $lang == en ]] || reference=
+
 # Threads that spin while they wait slow each other down where other programs run.
 export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0
 
@@ -43,11 +47,11 @@ if in_stage 0 "recordings and tokens"; then
 fi
 if in_stage 1 "AR decoder, $ar_minutes minutes"; then
   "$python" "$recipe/bin/trainer_audiolm.py" --manifest-dir "$data_dir/tokenized" --exp-dir "$exp_dir" \
-    --train-stage 1 --max-minutes "$ar_minutes"
+    --train-stage 1 --max-minutes "$ar_minutes" --reference "$reference"
 fi
 if in_stage 2 "NAR decoder, $nar_minutes minutes"; then
   "$python" "$recipe/bin/trainer_audiolm.py" --manifest-dir "$data_dir/tokenized" --exp-dir "$exp_dir" \
-    --train-stage 2 --max-minutes "$nar_minutes"
+    --train-stage 2 --max-minutes "$nar_minutes" --reference "$reference"
 fi
 if in_stage 3 "evaluation on held-out clips"; then
   "$python" "$recipe/bin/evaluate.py" --checkpoint "$exp_dir/best-valid-loss.pt" \

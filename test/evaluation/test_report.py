@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import soundfile
 
-from valle.evaluation.figures import Curve, Plot, draw_plot, read_metrics, training_plot
+from valle.engine.metrics import read_metrics
+from valle.evaluation.figures import Curve, Plot, draw_plot, training_plot
 from valle.evaluation.report import (
     ReportAudio,
     ReportCheck,

@@ -26,6 +26,7 @@ from valle.data.dataset import load_codes, read_codec_info
 from valle.data.manifests import read_manifest
 from valle.data.split import prompt_length
 from valle.engine.devices import pick_device
+from valle.engine.stages import trained_in
 from valle.evaluation.audio import DNSMOS_HINT, dnsmos_available
 from valle.evaluation.baselines import fit_baselines, score_baseline
 from valle.evaluation.clips import choose_cuts, dnsmos_table, make_clip, mel_table, save_clips
@@ -154,7 +155,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "commit": _commit(),
         "packages": _packages(),
         "checkpoint": {key: checkpoint.get(key) for key in ("version", "step", "epoch", "train_stage")}
-        | {"path": config.checkpoint, "parameters": sum(weights.numel() for weights in model.parameters())},
+        | {
+            "stages": trained_in(checkpoint),
+            "path": config.checkpoint,
+            "parameters": sum(weights.numel() for weights in model.parameters()),
+        },
         "config": checkpoint.get("config", {}),
         "codec": checkpoint["codec"],
         "seed": config.seed,

@@ -6,12 +6,10 @@ page; nothing in them refers to the network.
 
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,20 +120,6 @@ def draw_spectrogram(
 def brightest(wavs: Sequence[tuple[np.ndarray, int]]) -> float:
     """Largest log10-mel magnitude over (wav, sample rate) pairs: the common `top` of their spectrograms."""
     return max((float(log_mel(wav, sample_rate).max()) for wav, sample_rate in wavs), default=0.0)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a training's `metrics.jsonl`; a half-written last line is left out, no file gives no lines."""
-    path = Path(path)
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
 
 
 def training_plot(

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from valle.config import DataConfig, ModelConfig, TrainConfig
+from valle.engine.metrics import read_metrics
+from valle.engine.stages import trained_in
 from valle.evaluation.clips import CONDITIONS, Clip
-from valle.evaluation.figures import Plot, read_metrics, training_plot
+from valle.evaluation.figures import Plot, training_plot
 from valle.evaluation.report import (
     Block,
     ReportAudio,
@@ -53,7 +55,7 @@ def checks_of(results: dict[str, Any]) -> list[dict[str, Any]]:
             f"{_mean(entry['unigram']['top10'])}"
             for entry in nar
         )
-        untrained = results["checkpoint"]["train_stage"] == 1
+        untrained = 2 not in trained_in(results["checkpoint"])
         note = " (this checkpoint's NAR decoder is not trained yet: stage 1)" if untrained else ""
         checks.append(_check("NAR top-10 accuracies above the unigrams'", better, shown + note))
     scores = results["audio"].get("dnsmos")
