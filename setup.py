@@ -12,6 +12,8 @@ HUB = ["transformers>=5.0"]
 EVAL = ["speechmos", "onnxruntime"]  # speechmos carries the weights of DNSMOS
 TENSORBOARD = ["tensorboard>=2.16"]
 REPORT = ["matplotlib>=3.8"]
+WANDB = ["wandb>=0.17"]
+LORA = ["peft>=0.17"]  # the first that adapts single parameters
 DEV = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "pre-commit", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -38,13 +40,16 @@ setup(
         "PyYAML",
         "tqdm",
     ],
+    entry_points={"console_scripts": ["valle = valle.bin.cli:entry"]},
     extras_require={
         "hub": HUB,
         "codecs": HUB,
         "eval": EVAL,
         "tensorboard": TENSORBOARD,
         "report": REPORT,
+        "wandb": WANDB,
+        "lora": LORA,
         "dev": DEV,
-        "all": HUB + EVAL + TENSORBOARD + REPORT,
+        "all": HUB + EVAL + TENSORBOARD + REPORT + WANDB + LORA,
     },
 )

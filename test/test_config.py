@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from valle.config import DataConfig, ModelConfig, TrainConfig, option, parse
+from valle.config import DataConfig, ModelConfig, TrainConfig, chosen_by_user, option, parse
 from valle.utils.errors import UserError
 
 PARTS = [ModelConfig, DataConfig, TrainConfig]
@@ -142,3 +142,31 @@ def test_help_names_the_values(capsys):
     assert (
         "--gap FROM TO" in shown and "[CLIP ...]" in shown and "(default: 1)" in shown and "()" not in shown
     )
+
+
+def test_a_number_or_a_word(tmp_path):
+    assert parse("x", PARTS, ["--train-stage", "auto"])[2].train_stage == "auto"
+    assert parse("x", PARTS, ["--train-stage", "2"])[2].train_stage == 2
+    path = tmp_path / "c.yaml"
+    for text, expected in (("auto", "auto"), ("1", 1)):
+        path.write_text(f"train_stage: {text}\n")
+        assert parse("x", PARTS, ["--config", str(path)])[2].train_stage == expected
+    for wrong in ("both", "7", "-1"):
+        with pytest.raises(UserError, match="train-stage"):
+            parse("x", PARTS, ["--train-stage", wrong])
+    path.write_text("train_stage: true\n")
+    with pytest.raises(UserError, match="train_stage is True"):
+        parse("x", PARTS, ["--config", str(path)])
+
+
+def test_what_the_user_has_chosen_is_known_from_what_the_recipe_says(tmp_path):
+    (tmp_path / "conf").mkdir()
+    recipe, own = tmp_path / "conf" / "a.yaml", tmp_path / "b.yaml"
+    recipe.write_text("decoder_dim: 1\nnhead: 1\nexp_dir: x\n")
+    own.write_text("num_decoder_layers: 2\n")
+    model, data, train = parse(
+        "x", PARTS, ["--config", str(own), "--nhead", "16", "--max-steps", "3"], recipe
+    )
+    assert chosen_by_user(model) == {"num_decoder_layers", "nhead"}
+    assert chosen_by_user(data) == set() and chosen_by_user(train) == {"max_steps"}
+    assert chosen_by_user(ModelConfig()) == set()

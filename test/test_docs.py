@@ -87,6 +87,8 @@ def _target(command: list[str]) -> tuple[tuple[str, ...], list[str]] | None:
         AssertionError: a command that does not exist, or of a kind that nobody checks.
     """
     head, rest = command[0], command[1:]
+    if head == "sbatch":
+        head, rest = "torchrun", rest[rest.index("tools/slurm_train.sh") + 1 :]
     if head == "torchrun":
         place = next((i for i, word in enumerate(rest) if word == "-m" or word.endswith(".py")), None)
         assert place is not None, f"torchrun runs no program: {' '.join(command)}"
@@ -102,6 +104,8 @@ def _target(command: list[str]) -> tuple[tuple[str, ...], list[str]] | None:
     if head == "bash" and rest and rest[0].endswith(".sh"):
         assert (ROOT / rest[0]).is_file(), f"{rest[0]} does not exist"
         return ("bash", rest[0]), rest[1:]
+    if head == "valle":
+        return (sys.executable, "-m", "valle.bin.cli", *rest[:1]), rest[1:]
     if head in FOREIGN or Path(head).name in FOREIGN:
         return None
     raise AssertionError(f"a command that no test checks: {' '.join(command)}")

@@ -18,6 +18,8 @@ import yaml
 
 from valle.utils.errors import UserError
 
+CHOSEN = "chosen_by_user"  # where `parse` notes down on a part what the user has set
+
 
 def option(
     default: Any,
@@ -64,6 +66,9 @@ class ModelConfig:
     )
     prepend_bos: bool = option(False, "put a begin symbol between prompt and target")
     dropout: float = option(0.1, "dropout in the decoders, 0 to 1")
+    qk_norm: bool = option(
+        False, "normalize queries and keys in attention: keeps long trainings in bfloat16 stable"
+    )
 
 
 @dataclass
@@ -73,15 +78,19 @@ class DataConfig:
     manifest_dir: str = option(
         "data/tokenized", "folder with cuts_train.jsonl.gz and cuts_validation.jsonl.gz", path=True
     )
-    max_duration: float = option(80.0, "seconds of audio in a batch")
+    max_duration: float = option(80.0, "seconds of audio in a batch, its padding included")
     filter_min_duration: float = option(0.0, "leave out cuts shorter than this, in seconds")
     filter_max_duration: float = option(20.0, "leave out cuts longer than this, in seconds")
     bucketing_sampler: bool = option(True, "batch cuts of similar duration")
-    num_buckets: int = option(10, "duration buckets")
+    num_buckets: int = option(10, "duration buckets, at least; a large corpus gets more")
     shuffle: bool = option(True, "draw the training cuts in a new order each epoch")
-    buffer_size: int = option(20000, "cuts held in memory for shuffling and bucketing")
-    drop_last: bool = option(False, "leave out the last, incomplete batches of an epoch")
-    num_workers: int = option(0, "processes that read batches ahead; 0 reads in the training process")
+    buffer_size: int = option(20000, "of older command lines, not used: the whole corpus is shuffled at once")
+    drop_last: bool = option(
+        False, "leave out the batches of an epoch that do not fill a step of all processes"
+    )
+    num_workers: int = option(
+        0, "processes that read batches ahead, for slow disks; 0 reads in the training process"
+    )
     prompt_ratio: float = option(0.4, "part of each recording that is the prompt; the rest is the target")
     prompt_ratio_range: str | None = option(
         None, "LOW,HIGH: draw the ratio anew for each row and epoch (validation keeps --prompt-ratio)"
@@ -100,7 +109,11 @@ class TrainConfig:
     """The engine's settings, the same for every model."""
 
     exp_dir: str = option("exp/audio-lm", "where checkpoints, logs and TensorBoard events go", path=True)
-    train_stage: int = option(0, "0: everything, 1: AR only, 2: NAR only", [0, 1, 2])
+    train_stage: int | str = option(
+        0,
+        "0: everything, 1: AR only, 2: NAR only, auto: 1 to its limit, then 2 from its best",
+        [0, 1, 2, "auto"],
+    )
     num_epochs: int = option(20, "epochs to train")
     max_steps: int = option(0, "stop after so many steps; 0: no limit")
     max_minutes: float = option(0.0, "stop after so many minutes in the training loop; 0: no limit")
@@ -109,6 +122,15 @@ class TrainConfig:
     resume: bool = option(
         True, "go on from the newest checkpoint of this stage in --exp-dir, if there is one"
     )
+    init_from: str | None = option(
+        None, "checkpoint whose weights (and architecture) a new training starts from: fine-tuning"
+    )
+    init_parts: str = option("all", "what --init-from gives", ["all", "ar", "nar"])
+    lora_rank: int = option(
+        0,
+        "train low-rank adapters of so many rows beside the weights of --init-from; 0: the weights themselves",
+    )
+    lora_alpha: float = option(16.0, "what the adapters add is scaled by alpha / rank")
     base_lr: float = option(0.05, "base learning rate (0.05 suits ScaledAdam, 5e-4 AdamW)")
     optimizer_name: str = option("ScaledAdam", "optimizer", ["ScaledAdam", "AdamW"])
     scheduler_name: str = option("Eden", "learning-rate schedule", ["Eden", "cosine", "constant"])
@@ -116,9 +138,28 @@ class TrainConfig:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     clip_grad_norm: float = option(1.0, "largest gradient norm (AdamW)")
     accumulate_grad_steps: int = option(1, "batches summed up in one step")
+    activation_checkpointing: bool = option(
+        False,
+        "compute each layer's activations again in backward: a third more time, a fraction of the memory",
+    )
+    compile: bool = option(False, "torch.compile each layer (needs a C++ compiler, or a GPU with Triton)")
     dtype: str = option("float32", "arithmetic of the forward pass", ["float32", "bfloat16", "float16"])
     world_size: int = option(1, "processes that train together")
-    master_port: int = option(12354, "port on which the processes meet")
+    master_port: int = option(0, "port on which the processes of --world-size meet; 0: any that is free")
+    parallel: str = option(
+        "auto",
+        "several processes: ddp keeps the whole model on each, fsdp shards it; auto: ddp",
+        ["auto", "ddp", "fsdp"],
+    )
+    checkpoint_format: str = option(
+        "single",
+        "numbered checkpoints: single file, or sharded, a folder that all processes write",
+        ["single", "sharded"],
+    )
+    stuck_timeout: float = option(
+        1800.0,
+        "seconds without progress of a process after which all end, saying which; more than validation takes",
+    )
     seed: int = option(42, "seed of everything random")
     log_interval: int = option(50, "steps between two log lines")
     sample_interval: int = option(
@@ -130,10 +171,19 @@ class TrainConfig:
     average_period: int = option(0, "steps between two updates of the averaged model; 0: no averaging")
     patience: int = option(0, "stop after so many validations without a better loss; 0: never")
     tensorboard: bool = option(True, "write TensorBoard events")
+    wandb_project: str | None = option(
+        None, "report to this project of Weights & Biases too; WANDB_MODE=offline keeps it on disk"
+    )
+    reference: str | None = option(
+        None, "file with the band of the reference runs, drawn beside this run's curves", path=True
+    )
     inf_check: bool = option(
         False, "stop on the first non-finite loss or gradient, naming step and parameter"
     )
-    oom_check: bool = option(False, "run the largest batch once before training")
+    max_bad_steps: int = option(10, "non-finite steps in a row that end a training")
+    oom_check: bool = option(
+        False, "before training, try the largest batch and say what --max-duration would fit"
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
 
@@ -179,19 +229,29 @@ def parse(
         recipe = Path(defaults).resolve().parents[1]
         for name, value in _read_yaml(Path(defaults), fields, hints).items():
             values[name] = str(recipe / value) if fields[name].metadata.get("path") and value else value
+    chosen: dict[str, Any] = {}
     for path in given.pop("config"):
-        values.update(_read_yaml(Path(path), fields, hints))
+        chosen.update(_read_yaml(Path(path), fields, hints))
     for name, value in given.items():
         if value not in (None, []):
-            values[name] = tuple(value) if isinstance(value, list) else value
+            chosen[name] = tuple(value) if isinstance(value, list) else value
+    values.update(chosen)
     for name, value in values.items():
         choices = fields[name].metadata.get("choices")
         if choices and value is not None and value not in choices:
             raise UserError(f"--{name.replace('_', '-')} is {value!r}, but must be one of {list(choices)}")
-    return [
+    built = [
         part(**{field.name: values[field.name] for field in dataclasses.fields(part) if field.name in values})
         for part in parts
     ]
+    for part in built:
+        vars(part)[CHOSEN] = frozenset(chosen) & {field.name for field in dataclasses.fields(part)}
+    return built
+
+
+def chosen_by_user(part: Any) -> frozenset[str]:
+    """The fields that `--config` or the command line set, not the recipe's own YAML; of a part from `parse`."""
+    return vars(part).get(CHOSEN, frozenset())
 
 
 def parse_bool(text: str) -> bool:
@@ -202,6 +262,18 @@ def parse_bool(text: str) -> bool:
     if lowered in ("false", "no", "0", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+class NumberOrWord:
+    """The type of a flag such as `--train-stage`, which takes whole numbers and a few words; never instantiated."""
+
+    @staticmethod
+    def read(text: str) -> int | str:
+        """`2` -> 2, `auto` -> "auto"."""
+        return int(text) if text.isdecimal() else text
+
+
+READERS: dict[type, Any] = {bool: parse_bool, NumberOrWord: NumberOrWord.read}  # others read themselves
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -230,10 +302,12 @@ def _dashes(argv: Sequence[str] | None) -> list[str] | None:
 def _plain_type(kind: Any) -> tuple[type, int | str | None]:
     """The type of one value, and how many there are, as argparse says it.
 
-    `int | None` -> (int, None); `tuple[float, float]` -> (float, 2); `tuple[str, ...]` -> (str, "*").
+    `int | None` -> (int, None); `tuple[float, float]` -> (float, 2); `tuple[str, ...]` -> (str, "*"); a number or
+    word, `int | str` -> (NumberOrWord, None).
     """
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        kind = next(member for member in typing.get_args(kind) if member is not type(None))
+        kinds = [member for member in typing.get_args(kind) if member is not type(None)]
+        kind = NumberOrWord if kinds == [int, str] else kinds[0]
     if typing.get_origin(kind) is not tuple:
         return kind, None
     members = typing.get_args(kind)
@@ -248,7 +322,7 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
         text = f"{text} (default: {shown})"
     metavar = field.metadata.get("metavar") or ("true|false" if plain is bool else plain.__name__.upper())
     settings = {
-        "type": parse_bool if plain is bool else plain,
+        "type": READERS.get(plain, plain),
         "nargs": count,
         "help": text.replace("%", "%%"),
     }
@@ -307,6 +381,7 @@ def _yaml_value(value: Any, plain: type, count: int | str | None) -> Any:
     if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+    taken = int | str if plain is NumberOrWord else plain
+    if not isinstance(value, taken) or (isinstance(value, bool) and plain is not bool):
         raise TypeError
     return value

@@ -1,4 +1,4 @@
-"""Train the project's own codec: `--train-stage 1` everything, then `2` the decoder against a discriminator.
+"""Train the project's own codec: `--train-stage 1` everything, then `2` the decoder against a discriminator; or `auto`.
 
 Stage 2 keeps encoder and codebooks, so language models trained on the codes of stage 1 stay valid. `--export DIR`
 writes the newest weights as a codec folder, for `--codec DIR`.
@@ -16,6 +16,7 @@ from valle.codecs.training import CodecTraining
 from valle.config import TrainConfig, option, parse, to_dict
 from valle.data.manifests import read_manifest
 from valle.data.waveforms import RandomSegments
+from valle.engine import stages
 from valle.engine.checkpoint import load_checkpoint, numbered_checkpoints
 from valle.engine.trainer import Trainer
 from valle.utils import distributed
@@ -71,6 +72,13 @@ def export(exp_dir: Path, folder: Path) -> None:
 
 
 def train(data: CodecDataConfig, config: TrainConfig, architecture: SpectralCodecConfig) -> None:
+    """The stage, or both one after the other."""
+    numbers = (1, 2) if config.train_stage == "auto" else (config.train_stage,)
+    for number in numbers:
+        train_stage(data, dataclasses.replace(config, train_stage=number), architecture)
+
+
+def train_stage(data: CodecDataConfig, config: TrainConfig, architecture: SpectralCodecConfig) -> None:
     """One stage of the training."""
     setup_logger(Path(config.exp_dir) / "log" / f"train-stage{config.train_stage}.log")
     torch.manual_seed(config.seed + distributed.rank())
@@ -93,9 +101,20 @@ def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> Non
     data, config = parse(__doc__ or "", [CodecDataConfig, TrainConfig], argv, defaults)
     if data.export:
         return export(Path(config.exp_dir), Path(data.export))
-    if config.train_stage not in (1, 2):
-        raise UserError("--train-stage must be 1 (everything) or 2 (decoder, adversarial) for the codec")
-    distributed.launch(train, (data, config, SpectralCodecConfig()), config.world_size, config.master_port)
+    if config.train_stage not in (1, 2, "auto"):
+        raise UserError(
+            "--train-stage must be 1 (everything), 2 (decoder, adversarial) or auto for the codec"
+        )
+    if config.init_from is not None:
+        raise UserError("--init-from is for AudioLMs; a codec's training goes on from its own --exp-dir")
+    stages.check_flags(config)
+    distributed.launch(
+        train,
+        (data, config, SpectralCodecConfig()),
+        config.world_size,
+        config.master_port,
+        config.stuck_timeout,
+    )
 
 
 if __name__ == "__main__":

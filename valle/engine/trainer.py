@@ -13,7 +13,7 @@ goes on as if it had not been (time limits aside).
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,28 +22,37 @@ from torch import nn
 
 from valle import __version__
 from valle.config import TrainConfig
+from valle.engine import memory, stages
+from valle.engine.adapters import Adapters, merged_copy
 from valle.engine.checkpoint import (
     NumberedCheckpoint,
-    load_checkpoint,
+    is_numbered,
     newest_checkpoint,
+    numbered_checkpoint,
+    remove_leftovers,
     remove_old,
     save_checkpoint,
 )
 from valle.engine.devices import peak_memory, pick_device, rng_state, set_rng_state, to_device
-from valle.engine.guard import Guard
-from valle.engine.metrics import MetricSums, MetricWriter
+from valle.engine.guard import FIRST_SCALE, Guard
+from valle.engine.metrics import MetricSums, MetricWriter, describe
 from valle.engine.optimizers import OPTIMIZERS
-from valle.engine.parallel import Parallel
+from valle.engine.parallel import make_parallel
+from valle.engine.reference import open_reference
 from valle.engine.schedules import SCHEDULES
+from valle.engine.watchdog import Watchdog
+from valle.modules.transformer import Transformer
 from valle.utils import distributed
-from valle.utils.errors import UserError
+from valle.utils.errors import Unfinished, UserError
+from valle.utils.sharded import write_sharded
+from valle.utils.signals import StopRequest
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StageLoss(Protocol):
-    """What `compute_loss` gives. Sums may be tensors on the device: the engine reads them when it must."""
+    """What `compute_loss` gives, a named tuple. Sums may be tensors on the device: they are read when they must be."""
 
     @property
     def loss(self) -> torch.Tensor: ...
@@ -87,8 +96,10 @@ class Trainer:
         model: an `nn.Module` that is `Trainable`.
         config: the engine's settings.
         train, valid: sources of batches.
-        saved: what checkpoints keep besides the engine's state: `config`, `codec`, `text_symbols`.
+        saved: what checkpoints keep besides the engine's state: `config`, `codec`, `text_symbols`; and `stages`, those
+            that the model's weights have been through already.
         samples: makes audio every `--sample-interval` steps.
+        adapters: beside the model's weights, where they alone are trained.
     """
 
     def __init__(
@@ -99,32 +110,44 @@ class Trainer:
         valid: BatchSource | None,
         saved: dict[str, Any],
         samples: SampleMaker | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.config, self.train_source, self.valid_source, self.saved = config, train, valid, saved
-        self.samples = samples
+        self.samples, self.adapters = samples, adapters
         self.exp_dir = Path(config.exp_dir)
         self.device = pick_device(config.device)
         self.dtype = DTYPES[config.dtype]
         self.stage = int(config.train_stage)
-        names = {name for name, _ in model.stage_parameters(self.stage)}
+        names = {name for name, _ in self._chosen(model)}
         if not names:
             raise UserError(f"--train-stage {self.stage} trains no parameter of this model")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
-        self.model = model.to(self.device)
-        self.parallel = Parallel(self.model)
+        self.untrained = stages.untrained_names(model, self.stage)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                module.checkpoint_layers = config.activation_checkpointing
+                if config.compile:
+                    module.compile_layers()
+        self.parallel = make_parallel(model, self.device, config)
+        self.model = model
         # Taken now: sharding puts other parameters in the place of the model's.
-        self.trained = list(model.stage_parameters(self.stage))
+        self.trained = list(self._chosen(model))
         self.parameters = [parameter for _, parameter in self.trained]
         self.optimizer = OPTIMIZERS[config.optimizer_name](self.trained, config)
         self.schedule = SCHEDULES[config.scheduler_name](config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.guard = Guard(self.exp_dir, self.trained, config.inf_check)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=FIRST_SCALE, enabled=self.dtype == torch.float16
+        )
+        self.guard = Guard(self.exp_dir, self.trained, config)
+        self.fitted = memory.FittedBatches(self.device)
         self.writer: MetricWriter | None = None
+        self.stages = set(saved.get("stages", ())) | ({self.stage} if self.stage else {1, 2})
         self.step = 0  # optimizer steps over all stages in this folder
         self.epoch = 1
         self.batch_in_epoch = 0  # of this rank
         self.stage_start = (0, 1)  # step and epoch at which this stage began
+        self.files_since = (0, 1)  # step and epoch at which it was taken up after another stage
         self.seconds = 0.0  # spent in this stage's loop, over restarts
         self.best = {"valid": float("inf"), "train": float("inf")}
         self.stale_validations = 0
@@ -132,43 +155,67 @@ class Trainer:
         self.current, self.totals = MetricSums(), MetricSums()  # since the last log line; of the epoch
         self.model_avg: dict[str, torch.Tensor] | None = None
         self.last_valid: dict[str, float] = {}
-        self.out_of_time = False
+        self.out_of_time = self.stopping = False
+        self.stop = StopRequest()
         self.clock = Clock()
+        self.reference = open_reference(config.reference, saved)
 
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> dict[str, float]:
-        """Train until the limit that comes first; returns the last validation's figures."""
+        """Train until the limit that comes first; returns the last validation's figures.
+
+        Raises:
+            Unfinished: the process was asked to end, and a checkpoint is written.
+            UserError: the training cannot go on.
+        """
+        with self.stop, Watchdog(self.config.stuck_timeout) as watchdog:
+            self.clock.entered = lambda part: watchdog.enter(self.step, part)
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
         config = self.config
-        if distributed.rank() == 0:
-            self.writer = MetricWriter(self.exp_dir, config.tensorboard)
+        if distributed.rank() == 0 and not self._finished():
+            self.writer = MetricWriter(
+                self.exp_dir, config.tensorboard, self.stage, self.step, self.step - self.stage_start[0],
+                config.wandb_project, self.saved.get("config"), self.reference,
+            )  # fmt: skip
         count = sum(parameter.numel() for parameter in self.parameters)
         log.info(
             "stage %d trains %.2f M parameters on %s, %s", self.stage, count / 1e6, self.device, config.dtype
         )
-        if config.oom_check:
+        if config.oom_check and not self._finished():
             self._try_largest_batch()
         first_step = self.step
         if self._finished():
             log.info("nothing left to do: this stage has reached its limit")
         self.clock.start(self.seconds)
         while not self._finished():
-            for batches in self._grouped(self.train_source.epoch(self.epoch, self.batch_in_epoch)):
-                self._train_step(batches)
+            # Counted in the stage: the same batches, whatever other stages did in between.
+            number = self.epoch - self.stage_start[1] + 1
+            for batches in self._grouped(self.train_source.epoch(number, self.batch_in_epoch)):
+                self._try_step(batches)
                 self.batch_in_epoch += len(batches)
                 self._after_step()
                 if self._finished():
                     break
             else:
                 self._end_epoch()
+        if self.out_of_time:  # on another rank: also when it goes on, this stage is done
+            self.seconds = max(self.seconds, 60 * self.config.max_minutes)
         if self.step > first_step:
-            if self.validated_step != self.step:
+            if self.validated_step != self.step and not self.stopping:
                 self.validate()
             if self.batch_in_epoch > 0:
                 self.save(f"checkpoint-{self.step}.pt")
                 self._prune("checkpoint")
         if self.writer is not None:
             self.writer.close()
+        if self.stopping:
+            raise Unfinished(
+                f"ended at step {self.step} on {self.stop.name or 'a signal to another process'}, all is saved in "
+                f"'{self.exp_dir}'; the same command goes on from there"
+            )
         return self.last_valid
 
     def _grouped(self, batches: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -186,6 +233,16 @@ class Trainer:
                 group = []
         if group:
             yield group
+
+    def _try_step(self, batches: list[dict[str, Any]]) -> None:
+        """`_train_step`; one line where memory runs out."""
+        try:
+            self._train_step(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            raise UserError(self.fitted.advice(batches, self.step, self._max_duration())) from error
+        self.fitted.note(batches)
 
     def _train_step(self, batches: list[dict[str, Any]]) -> None:
         """One optimizer step."""
@@ -208,11 +265,14 @@ class Trainer:
             self.parallel.finish_gradients(self.parameters)
             self.seconds = self.clock.seconds()
             late = bool(self.config.max_minutes and self.seconds >= 60 * self.config.max_minutes)
-            total, all_targets, late_ranks, seconds = distributed.sum_over_ranks(
-                [float(sums.sums.get("loss", 0.0)), targets, float(late), self.seconds], self.device
+            asked = self.stop.name is not None
+            total, all_targets, late_ranks, asked_ranks, seconds = distributed.sum_over_ranks(
+                [float(sums.sums.get("loss", 0.0)), targets, float(late), float(asked), self.seconds],
+                self.device,
             )
             # The same on every rank: it decides about the learning rate, and when to stop.
             self.seconds, self.out_of_time = seconds / distributed.world_size(), late_ranks > 0
+            self.stopping = asked_ranks > 0
         with self.clock.measure("optimizer"):
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.optimizer)
@@ -224,7 +284,8 @@ class Trainer:
             )
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            if self.guard.allows(self.step, total, float(norm), batches):
+            overflow = self.scaler.get_scale() if self.scaler.is_enabled() else None
+            if self.guard.allows(self.step, total, float(norm), batches, overflow):
                 limit = self.config.clip_grad_norm
                 if self.config.optimizer_name == "AdamW" and limit > 0:
                     scale *= min(1.0, limit / (float(norm) + 1e-6))
@@ -240,7 +301,8 @@ class Trainer:
     def _after_step(self) -> None:
         """What is due every so many steps."""
         config = self.config
-        if config.average_period and self.step % config.average_period == 0:
+        # Counted in the stage, as `batch_idx_train` is, by which tools weight the running average.
+        if config.average_period and (self.step - self.stage_start[0]) % config.average_period == 0:
             self._update_average()
         if self.step % config.log_interval == 0:
             self._log_train()
@@ -262,7 +324,7 @@ class Trainer:
         self.validated_step = self.step
         sums = MetricSums()
         for batch in self.valid_source.epoch(0):
-            with self._autocast():
+            with self.clock.measure("validation"), self._autocast():
                 result = self.parallel.loss(to_device(batch, self.device), self.stage)
             if not batch.get("filler", False):
                 sums.add({"loss": (result.loss, result.num_targets), **result.metrics})
@@ -272,12 +334,13 @@ class Trainer:
                 "validation has no batch: cuts_validation is empty after --filter-min/max-duration"
             )
         self.last_valid = averages
-        shown = " | ".join(f"{name} {value:.4g}" for name, value in averages.items())
-        log.info("epoch %d | step %d | validation | %s", self.epoch, self.step, shown)
+        record = self._record("valid", averages)
+        shown = " | ".join(describe(record, self.model.loss_unit))
+        log.info("epoch %d | step %s | validation | %s", self.epoch, self._place(), shown)
+        if self.reference is not None:
+            self.reference.warn_once(record)
         if self.writer is not None:
-            self.writer.write(
-                self._record("valid", averages), {f"train/valid_{name}": v for name, v in averages.items()}
-            )
+            self.writer.write(record)
         if averages["loss"] < self.best["valid"]:
             self.best["valid"] = averages["loss"]
             self.stale_validations = 0
@@ -287,7 +350,9 @@ class Trainer:
         return averages
 
     def _end_epoch(self) -> None:
-        if not self.config.valid_interval:
+        last = self.epoch + 1 - self.stage_start[1] >= self.config.num_epochs
+        # The last file of a stage says that it is done: what is due at its end comes before.
+        if not self.config.valid_interval or (last and self.validated_step != self.step):
             self.validate()
         train_loss = self.totals.over_ranks(self.device).average().get("loss", float("inf"))
         finished = self.epoch
@@ -308,6 +373,7 @@ class Trainer:
             or bool(config.max_steps and step >= config.max_steps)
             or bool(config.max_minutes and self.seconds >= 60 * config.max_minutes)
             or self.out_of_time
+            or self.stopping
             or bool(config.patience and self.stale_validations >= config.patience)
         )
 
@@ -327,72 +393,118 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype)
 
     def _try_largest_batch(self) -> None:
-        """Forward and backward on the largest batch of the epoch, so that memory runs out now or never."""
-        largest = max(
-            self.train_source.epoch(self.epoch),
-            key=lambda batch: sum(v.numel() for v in batch.values() if isinstance(v, torch.Tensor)),
-        )
-        state = rng_state()
-        self.model.compute_loss(to_device(largest, self.device), self.stage).loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        set_rng_state(state)
-        log.info("the largest batch fits; %.1f GB", peak_memory(self.device) / 1e9)
+        """Whether the largest batch of the epoch fits, so that memory runs out now or never."""
+        with memory.unchanged(self.model, self.optimizer) as step_of_optimizer:
+
+            def take_step(batch: dict[str, Any]) -> None:
+                self.model.train()
+                # With the exchange: DDP must see every step's end, or it would miss gradients in the next.
+                with self.parallel.accumulating(True):
+                    with self._autocast():
+                        result = self.parallel.loss(to_device(batch, self.device), self.stage)
+                    result.loss.backward()
+                self.parallel.finish_gradients(self.parameters)
+                step_of_optimizer()
+
+            number = self.epoch - self.stage_start[1] + 1
+            log.info(
+                memory.check_largest(take_step, self.train_source, number, self._max_duration(), self.device)
+            )
+
+    def _max_duration(self) -> float | None:
+        """Seconds in a batch, where the data goes by that."""
+        return self.saved.get("config", {}).get("data", {}).get("max_duration")
+
+    def _chosen(self, model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained of the model."""
+        named = model.stage_parameters(self.stage)
+        return named if self.adapters is None else self.adapters.trained(named)
+
+    def _plain(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's state dict without a trace of adapters beside it."""
+        return state if self.adapters is None else self.adapters.merged(state)
 
     # ------------------------------------------------------------ what is shown
 
     def _record(self, split: str, averages: dict[str, float]) -> dict[str, Any]:
         """A line of metrics.jsonl."""
-        place = {"step": self.step, "epoch": self.epoch, "stage": self.stage, "split": split}
-        return {**place, **averages, "time": round(self.seconds, 2)}
+        stage_step = self.step - self.stage_start[0]
+        place = {"step": self.step, "epoch": self.epoch, "stage": self.stage, "stage_step": stage_step}
+        record = {**place, "split": split, **averages, "time": round(self.seconds, 2)}
+        expected = self.reference.expected(self.stage, split, stage_step) if self.reference else {}
+        return {**record, "expected": expected} if expected else record
+
+    def _place(self) -> str:
+        """The step, and of how many where that is known: where no other limit seems nearer."""
+        config, done = self.config, self.step - self.stage_start[0]
+        known = config.max_steps and done / config.max_steps >= self._progress()
+        return f"{self.step}/{self.stage_start[0] + config.max_steps}" if known else f"{self.step}"
 
     def _log_train(self) -> None:
         current, totals = self.current.over_ranks(self.device), self.totals.over_ranks(self.device)
-        averages = current.average()
-        rate = current.counts.get("loss", 0) / max(1e-9, self.clock.lap())
+        record = self._record("train", current.average())
+        seconds = max(1e-9, self.clock.lap())
+        rate, memory = current.counts.get("loss", 0) / seconds, peak_memory(self.device) / 1e9
         self.current = MetricSums()
         lr = float(self.optimizer.param_groups[0]["lr"])
         progress = self._progress()
         eta = self.seconds * (1 - progress) / progress if progress > 0 else float("nan")
-        shown = [f"epoch {self.epoch}", f"step {self.step}"]
-        shown += [f"loss {averages['loss']:.3f} {self.model.loss_unit}"] if "loss" in averages else []
-        shown += [f"{name} {averages[name]:.3f}" for name in averages if name.endswith("Accuracy")]
-        shown += [f"lr {lr:.1e}", f"{_short(rate)} targets/s", f"{peak_memory(self.device) / 1e9:.1f} GB"]
-        log.info(" | ".join([*shown, f"eta {_minutes(eta)}"]))
+        unit = self.model.loss_unit.rpartition("/")[2]  # what a target is
+        shown = [f"epoch {self.epoch}", f"step {self._place()}", *describe(record, self.model.loss_unit)]
+        shown += [f"lr {lr:.1e}", f"{_short(rate)} {unit}s/s", f"{memory:.1f} GB", f"eta {_minutes(eta)}"]
+        log.info(" | ".join(shown))
+        shares = {f"share_{part}": share for part, share in self.clock.shares(seconds).items()}
+        record["speed"] = {f"{unit}s_per_second": rate, "memory_gb": memory, **shares}
         if self.writer is not None:
-            tags = {f"train/current_{name}": value for name, value in averages.items()}
-            tags.update({f"train/tot_{name}": value for name, value in totals.average().items()})
-            tags.update({"train/learning_rate": lr, "train/epoch": float(self.epoch)})
+            record.update({f"tot_{name}": value for name, value in totals.average().items()})
+            record["lr"] = lr
             if self.scaler.is_enabled():
-                tags["train/grad_scale"] = self.scaler.get_scale()
-            self.writer.write({**self._record("train", averages), "lr": lr}, tags)
+                record["grad_scale"] = self.scaler.get_scale()
+            self.writer.write(record)
 
     def _write_samples(self) -> None:
-        """Audio of the model as it is, for listening; leaves the random state alone."""
-        if self.samples is None:
+        """Audio of the model as it is, for listening; leaves the random state alone. Rank 0 does it, others wait."""
+        if self.samples is None or self.writer is None:
             return
         state = rng_state()
         self.model.eval()
-        audio = self.samples.make(self.model, self.stage)
-        if self.writer is not None:
-            self.writer.write_audio(self.step, audio, self.samples.sample_rate)
+        try:
+            with self.clock.measure("samples"):
+                model = self.model if self.adapters is None else merged_copy(self.model)
+                audio = self.samples.make(model, self.stage)
+                self.writer.write_samples(self.step, audio, self.samples.sample_rate)
+        except torch.OutOfMemoryError:
+            log.warning("no more audio samples: they do not fit beside the training on %s", self.device)
+            self.samples = None
         set_rng_state(state)
 
     # -------------------------------------------------------------- checkpoints
 
     def save(self, *names: str) -> None:
         """Write a checkpoint from which `resume` goes on exactly, under one or more names; all ranks call it."""
+        with self.clock.measure("checkpoint"):
+            self._save(*names)
+
+    def _save(self, *names: str) -> None:
+        sharded = self.config.checkpoint_format == "sharded" and is_numbered(names[0])
+        state = self.parallel.model_state(whole=not sharded)
         contents = {
             **self.saved,
             "version": __version__,
-            "model": self.parallel.model_state(),
-            "optimizer": self.parallel.optimizer_state(self.optimizer),
-            "scheduler": {"stage_start": list(self.stage_start), "seconds": self.seconds},
+            "model": self._plain(state),
+            "optimizer": self.parallel.optimizer_state(self.optimizer, whole=not sharded),
+            "scheduler": {
+                "stage_start": list(self.stage_start),
+                "files_since": list(self.files_since),
+                "seconds": self.seconds,
+            },
             "sampler": {"epoch": self.epoch, "batch": self.batch_in_epoch, "ranks": distributed.world_size()},
             "grad_scaler": self.scaler.state_dict(),
             "rng": distributed.gather_objects(rng_state()),
             "current": self.current.over_ranks(self.device).state_dict(),
             "totals": self.totals.over_ranks(self.device).state_dict(),
             "train_stage": self.stage,
+            "stages": sorted(self.stages),
             "step": self.step,
             "epoch": self.epoch,
             # Names by which icefall's averaging tools weight `model_avg`.
@@ -405,45 +517,68 @@ class Trainer:
             "bad_steps": self.guard.bad_steps,
         }
         if self.model_avg is not None:
-            contents["model_avg"] = self.model_avg
-        if distributed.rank() == 0:
+            contents["model_avg"] = self.model_avg if sharded else self.parallel.gathered(self.model_avg)
+        if self.adapters is not None:
+            contents["lora"] = self.adapters.state_dict(state)
+        if sharded:
+            write_sharded(self.exp_dir / names[0].removesuffix(".pt"), contents)
+        elif distributed.rank() == 0:
             save_checkpoint(self.exp_dir, names, contents)
+            if self.adapters is not None and "best-valid-loss.pt" in names:
+                self.adapters.export(self.exp_dir / f"lora-adapter-stage{self.stage}.safetensors", state)
 
     def resume(self) -> bool:
-        """Go on where this stage stopped, or begin it from the stage before; says which."""
+        """Go on where this stage stopped, or begin it from the best of the stage before; says which."""
         config = self.config
+        if distributed.rank() == 0:
+            remove_leftovers(self.exp_dir)
         if config.start_batch > 0:
-            return self._restore(self.exp_dir / f"checkpoint-{config.start_batch}.pt")
+            return self._restore(numbered_checkpoint(self.exp_dir, "checkpoint", config.start_batch))
         if config.start_epoch > 1:
-            return self._restore(self.exp_dir / f"epoch-{config.start_epoch - 1}.pt")
+            return self._restore(numbered_checkpoint(self.exp_dir, "epoch", config.start_epoch - 1))
         if not config.resume:
             return False
         mine, latest = newest_checkpoint(self.exp_dir, self.stage), newest_checkpoint(self.exp_dir)
         if mine is not None:
-            return self._restore(mine.path)
-        if self.stage == 2:
-            first = self.exp_dir / "best-valid-loss-stage1.pt"
-            if first.is_file():
-                return self._restore(first, counters_of=latest)
-            log.warning("no '%s': stage 2 starts from untrained AR weights", first)
+            return self._restore(mine.path, latest)
+        best = stages.newest_best(self.exp_dir, besides=self.stage)
+        if best is not None:
+            return self._restore(best.path, latest)
+        if self.stage == 2 and not config.init_from:
+            log.warning("no best-valid-loss-stage1.pt in '%s': stage 2 starts from untrained weights of stage 1",
+                        self.exp_dir)  # fmt: skip
         return False
 
-    def _restore(self, path: Path, counters_of: NumberedCheckpoint | None = None) -> bool:
-        contents = load_checkpoint(path)
+    def _restore(self, path: Path, latest: NumberedCheckpoint | None = None) -> bool:
+        """Load a checkpoint of this stage or of another; `latest` is the newest of all stages."""
+        contents = self.parallel.read(path, self.optimizer)
+        same_stage = contents["train_stage"] == self.stage
+        if same_stage and latest is not None:
+            stages.take_over(contents, self.exp_dir, self.untrained)
+        state = contents["model"]
+        if self.adapters is not None:
+            fresh = {} if same_stage else self.parallel.model_state()
+            state = self.adapters.resumed(contents, path) if same_stage else self.adapters.begun(state, fresh)
+        elif same_stage and "lora" in contents:
+            raise UserError(
+                f"checkpoint '{path}' was trained with --lora-rank {contents['lora']['rank']}; give it, or another "
+                "--exp-dir with --init-from"
+            )
         try:
-            self.parallel.load_model_state(contents["model"])
+            self.parallel.load_model_state(state)
         except RuntimeError as error:
             raise UserError(
                 f"checkpoint '{path}' was trained with another architecture; use another --exp-dir or the same "
                 f"model flags ({str(error).splitlines()[-1].strip()[:160]})"
             ) from error
-        if contents["train_stage"] != self.stage:
+        self.stages |= set(stages.trained_in(contents))
+        if not same_stage:
             # Counters go on, so that no file of the earlier stage is overwritten; everything else starts anew.
-            self.step = max(contents["step"], counters_of.step if counters_of else 0)
-            self.epoch = max(contents["epoch"], counters_of.epoch if counters_of else 1)
+            self.step = max(contents["step"], latest.step if latest else 0)
+            self.epoch = max(contents["epoch"], latest.epoch if latest else 1)
             if self.config.start_epoch > 1:
                 self.epoch = self.config.start_epoch
-            self.stage_start = (self.step, self.epoch)
+            self.stage_start = self.files_since = (self.step, self.epoch)
             log.info("stage %d starts from '%s' (stage %d)", self.stage, path, contents["train_stage"])
             return True
         self.parallel.load_optimizer_state(self.optimizer, contents["optimizer"])
@@ -455,8 +590,11 @@ class Trainer:
         self.best = {"valid": contents["best_valid_loss"], "train": contents["best_train_loss"]}
         self.stale_validations = contents["stale_validations"]
         self.validated_step = contents["validated_step"]
+        self.files_since = tuple(contents["scheduler"].get("files_since", self.stage_start))
+        self._number_behind(latest)
         self.guard.bad_steps = contents["bad_steps"]
-        self.model_avg = contents.get("model_avg")
+        if "model_avg" in contents:
+            self.model_avg = self.parallel.handed_out(contents["model_avg"])
         ranks = contents["sampler"]["ranks"]
         if ranks == distributed.world_size():
             set_rng_state(contents["rng"][distributed.rank()])
@@ -472,15 +610,27 @@ class Trainer:
         )
         return True
 
+    def _number_behind(self, latest: NumberedCheckpoint | None) -> None:
+        """Where another stage was trained since, number steps and epochs on from it: no file of its is overwritten."""
+        steps = max(0, latest.step - self.step) if latest else 0
+        epochs = max(0, latest.epoch - self.epoch) if latest else 0
+        if steps or epochs:
+            self.step, self.epoch = self.step + steps, self.epoch + epochs
+            self.stage_start = (self.stage_start[0] + steps, self.stage_start[1] + epochs)
+            self.files_since = (self.step, self.epoch)
+
     def _prune(self, kind: str) -> None:
         if distributed.rank() == 0:
-            first_step, first_epoch = self.stage_start
+            first_step, first_epoch = self.files_since
             since = first_epoch if kind == "epoch" else first_step + 1
             remove_old(self.exp_dir, kind, self.config.keep_last_k, since)
 
     def _update_average(self) -> None:
         """Running average of the weights over all steps of the stage so far."""
-        state = {name: value.detach() for name, value in self.model.state_dict().items()}
+        state = {
+            name: value.detach()
+            for name, value in self._plain(self.parallel.model_state(whole=False)).items()
+        }
         if self.model_avg is None:
             self.model_avg = {name: value.clone() for name, value in state.items()}
             return
@@ -497,6 +647,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
+        self.entered: Callable[[str], None] | None = None  # told of each part that begins
+        self._before: dict[str, float] = {}
         self.start(0.0)
 
     def start(self, before: float) -> None:
@@ -514,9 +666,18 @@ class Clock:
         self._lap, passed = now, now - self._lap
         return passed
 
+    def shares(self, seconds: float) -> dict[str, float]:
+        """The share of each part, and of all others, in the last `seconds`: those since the last call."""
+        spent = {part: total - self._before.get(part, 0.0) for part, total in self.parts.items()}
+        self._before = dict(self.parts)
+        spent["other"] = max(0.0, seconds - sum(spent.values()))
+        return {part: share / seconds for part, share in spent.items() if share > 0}
+
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Count what is done inside for `part`."""
+        if self.entered is not None:
+            self.entered(part)
         begun = time.perf_counter()
         yield
         self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - begun

@@ -1,11 +1,17 @@
-"""How a command ends: well with 0, on bad input with one line and 2, on a bug with a traceback and 1."""
+"""How a command ends: well with 0, on bad input with one line and 2, on a bug with a traceback and 1.
+
+A training that was asked to end (SIGTERM, SIGUSR1) ends with 75, "try again later" in sysexits.h: 0 would let a script
+go on to the next step with a model that is not done.
+"""
 
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from valle.utils.errors import UserError
+from valle.utils.errors import Unfinished, UserError
+
+UNFINISHED = 75
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> NoReturn:
@@ -23,6 +29,9 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Unfinished as reason:
+        print(" ".join(str(reason).split()), file=sys.stderr)
+        sys.exit(UNFINISHED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
