@@ -48,7 +48,7 @@ from valle.utils.errors import UserError
 from valle.utils.files import write_json
 
 SEED = 0
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 3
 PEAK_SIZE, PEAK_TRIES = 2048, 5
 RATES = {"AdamW": 1e-4, "ScaledAdam": 0.01}
 

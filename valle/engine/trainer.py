@@ -33,7 +33,14 @@ from valle.engine.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from valle.engine.devices import peak_memory, pick_device, rng_state, set_rng_state, to_device
+from valle.engine.devices import (
+    keep_freed_memory,
+    peak_memory,
+    pick_device,
+    rng_state,
+    set_rng_state,
+    to_device,
+)
 from valle.engine.guard import FIRST_SCALE, Guard
 from valle.engine.metrics import MetricSums, MetricWriter, describe
 from valle.engine.optimizers import OPTIMIZERS
@@ -116,6 +123,8 @@ class Trainer:
         self.samples, self.adapters = samples, adapters
         self.exp_dir = Path(config.exp_dir)
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = DTYPES[config.dtype]
         self.stage = int(config.train_stage)
         names = {name for name, _ in self._chosen(model)}
