@@ -180,6 +180,7 @@ class Scripted:
         self.model, self.bench = model, bench
         self.seconds = iter([0.0, 0.4, 0.8, 0.6])  # the first one only packs weights
         self.latencies = iter([0.3, 0.1, 0.2])
+        self.steps = iter([0.04, 0.02, 0.03])
 
     def prompt(self, batch):
         return torch.zeros(batch, 3, 2, dtype=torch.long)
@@ -191,6 +192,11 @@ class Scripted:
 
     def first_audio(self, dtype, frames):
         return next(self.latencies)
+
+    def steps_alone(self, dtype, batch, frames, between):
+        for frame in range(frames):
+            between(frame)
+        return [next(self.steps)] * frames
 
 
 @pytest.fixture
@@ -220,6 +226,7 @@ def test_measure_compares_neighbours(bench, model, scripted):
         "bare_ms": 75,
         "ratio_to_bare": 0.1 / 0.055,
         "outside_products_ms": 55,
+        "step_alone_ms": 30,
         "first_audio_seconds": 0.2,
         "all_in_seconds": 0.95,
         "musicgen_frame_ms": 400,
@@ -232,6 +239,21 @@ def test_measure_compares_neighbours(bench, model, scripted):
     size = 4 * (2 * 12 * 32 * 32 + 21 * 32)  # bytes
     assert result["floor_ms"] == pytest.approx(1e3 * size / 1e6)
     assert result["ratio_to_floor"] == pytest.approx(0.15 / (size / 1e6))
+
+
+def test_steps_alone_give_the_logits_of_the_decoder_and_bare_loops_run_between(bench, monkeypatch):
+    config = bench.BenchConfig(decoder_dim=32, nhead=2, num_decoder_layers=2, prompt_frames=5, new_frames=9)
+    ours, ran, seen = bench.Ours(config), [], []
+    decoder = bench.packed(ours.model, "fp32")
+    logits = decoder.ar_logits
+    monkeypatch.setattr(
+        decoder, "ar_logits", lambda *given, cache: seen.append(given[2]) or logits(*given, cache=cache)
+    )
+    loop = bench.BareLoop("none", 1, lambda: ran.append(torch.get_num_threads()) or [])
+    step, bare = bench.step_beside_bare(config, ours, loop, "fp32", 3)
+    assert ran == [1, 1, 1]  # of frames 0, 4 and 8
+    assert [tuple(codes.shape) for codes in seen] == [(3, 0)] + [(3, 1)] * 9
+    assert 0 < bare < step
 
 
 def test_a_batch_counts_all_its_frames_and_has_no_first_audio(scripted):

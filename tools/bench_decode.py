@@ -7,6 +7,7 @@ Speed does not depend on what the weights are, so they are random. For every num
     bare loop   the AR decoder's linear layers and nothing else, one frame; the fastest of several libraries' kernels
     floor       the bytes of those weights over the bandwidth of a copy: no decoder that reads them is faster
     ours        `AudioLM.generate`, prompt to codes, then the codec; `AudioLM.stream` to the first audio
+    step alone  the AR decoder's step without sampling, from code to logits, beside a bare loop every few frames
     MusicGen    transformers' decoder of the same size with the same weights, driven step by step
 
 A machine's speed drifts, so bare loop, ours and MusicGen take turns, and ratios compare neighbours; what is printed
@@ -41,10 +42,12 @@ from valle.codecs import load_codec
 from valle.codecs.spectral_codec import SpectralCodec
 from valle.config import option, parse, to_dict
 from valle.models.audio_lm import AudioLM
+from valle.modules.packing import packed
 from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.files import write_json
 from valle.utils.log import setup_logger
+from valle.utils.threads import ThreadTuner
 
 logger = logging.getLogger("valle.tools.bench_decode")
 
@@ -52,6 +55,7 @@ SEED = 0
 EARLY_FRAME = 50  # the frame that the last one is compared with
 WINDOW = 21  # steps whose median stands for the one in the middle
 FINALISTS = 3  # bare loops that take turns with the decoder, of all that were tried
+EVERY = 4  # steps alone between two bare loops
 COPY_BYTES = 1 << 28  # far beyond any cache
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 MUSICGEN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -323,6 +327,25 @@ class Ours:
         parts = {name: float(timings[name]) for name in ("prefill", "ar", "nar")}
         return Generated([float(step) for step in result.frame_seconds], {**parts, "codec": codec})
 
+    @torch.inference_mode()
+    def steps_alone(
+        self, dtype: str, batch: int, frames: int, between: Callable[[int], object]
+    ) -> list[float]:
+        """Seconds of each AR step from codes to logits, behind the prompt; `between` is called before each."""
+        decoder = packed(self.model, dtype)
+        cache = decoder.ar_decoder.new_cache(batch, self.prompt_frames + frames)
+        prompt, tuner, taken = self.prompt(batch), ThreadTuner(), []
+        lens = torch.full((batch,), self.prompt_frames)
+        decoder.ar_logits(prompt, lens, prompt[:, :0, 0], cache=cache)
+        codes = torch.randint(self.model.codebook_size, (frames, batch, 1))
+        for frame in range(frames):
+            between(frame)
+            start = time.perf_counter()
+            with tuner:
+                decoder.ar_logits(prompt, lens, codes[frame], cache=cache)
+            taken.append(time.perf_counter() - start)
+        return taken
+
     def first_audio(self, dtype: str, frames: int) -> float:
         """Seconds until the first piece of a streamed continuation is there."""
         start = time.perf_counter()
@@ -450,6 +473,22 @@ def around(steps: Sequence[float], frame: int) -> float:
     return median(steps[max(0, middle - WINDOW // 2) : middle + WINDOW // 2 + 1])
 
 
+def step_beside_bare(config: BenchConfig, ours: Ours, loop: BareLoop, dtype: str, batch: int) -> list[float]:
+    """Median seconds of a step alone and of the bare loop, which runs every `EVERY` frames between the steps."""
+    bare: list[float] = []
+
+    def between(frame: int) -> None:
+        if frame % EVERY == 0:
+            before = torch.get_num_threads()
+            torch.set_num_threads(loop.threads)
+            start = time.perf_counter()
+            loop.run()
+            bare.append(time.perf_counter() - start)
+            torch.set_num_threads(before)
+
+    return [median(ours.steps_alone(dtype, batch, config.new_frames, between)), median(bare)]
+
+
 def measure(config: BenchConfig, ours: Ours, musicgen: Any, dtype: str, batch: int) -> dict[str, Any]:
     """All numbers of one format and batch size. Times in ms where the name says so, else in seconds.
 
@@ -484,6 +523,7 @@ def measure(config: BenchConfig, ours: Ours, musicgen: Any, dtype: str, batch: i
     means = [run.parts["ar"] / len(run.steps) for run in runs]
     taken = [median(point[i] for point in bare) for i in range(len(finalists))]
     fastest = taken.index(min(taken))
+    alone = [step_beside_bare(config, ours, finalists[fastest], dtype, batch) for _ in range(config.rounds)]
     return {
         "dtype": dtype,
         "batch": batch,
@@ -496,6 +536,8 @@ def measure(config: BenchConfig, ours: Ours, musicgen: Any, dtype: str, batch: i
         "bare_threads": finalists[fastest].threads,
         "bare_tried": tried,
         "ratio_to_bare": median(mean / pair[fastest] for mean, pair in zip(means, neighbours, strict=True)),
+        "step_alone_ms": 1e3 * median(step for step, _ in alone),
+        "step_alone_ratio": median(step / loop for step, loop in alone),
         "outside_products_ms": 1e3
         * median(mean - pair[fastest] for mean, pair in zip(means, neighbours, strict=True)),
         "floor_ms": 1e3 * median(floors),
@@ -523,6 +565,8 @@ COLUMNS: list[tuple[str, str, float, int]] = [
     ("at last", "frame_ms_last", 1, 2),
     ("bare ms", "bare_ms", 1, 2),
     ("x bare", "ratio_to_bare", 1, 2),
+    ("step ms", "step_alone_ms", 1, 2),
+    ("step x bare", "step_alone_ratio", 1, 2),
     ("rest ms", "outside_products_ms", 1, 2),
     ("floor ms", "floor_ms", 1, 2),
     ("x floor", "ratio_to_floor", 1, 2),
