@@ -66,6 +66,9 @@ class ModelConfig:
     )
     prepend_bos: bool = option(False, "put a begin symbol between prompt and target")
     dropout: float = option(0.1, "dropout in the decoders, 0 to 1")
+    attention_dropout: float = option(
+        0.0, "dropout of attention's weights: helps where little data is learned by heart, costs some time"
+    )
     qk_norm: bool = option(
         False, "normalize queries and keys in attention: keeps long trainings in bfloat16 stable"
     )

@@ -61,6 +61,48 @@ def test_attention_over_rows(monkeypatch, dtype, rotates, keeps, lens, prompts):
     close(ours_grad, theirs_grad, dtype)
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "again"])
+def test_dropout_of_attention(monkeypatch, keeps):
+    monkeypatch.setattr(cpu, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 1 << 30 if keeps else 0)
+    rows = cpu.Rows([30, 11], [12, 0])
+    qkv = torch.randn(41, 3, HEADS, SIZE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def attend(x, seed, dropout=0.25):
+        torch.manual_seed(seed)
+        return cpu.attend_rows(x, None, rows, 0.3, dropout)
+
+    assert torch.equal(attend(qkv, 1), attend(qkv, 1))
+    assert not torch.equal(attend(qkv, 1), attend(qkv, 2))
+    plain = plain_attention(qkv, None, rows, 0.3).detach()
+    assert torch.allclose(attend(qkv, 1, 0.0), plain, atol=1e-5)
+    mean = torch.stack([attend(qkv.detach(), seed) for seed in range(1500)]).mean(0)
+    assert float((mean - plain).abs().max()) < 0.1  # 5 deviations of that mean
+    # The last row's first frame sees itself alone: it is kept, and scaled, or it is not.
+    alone = (attend(qkv, 1)[30].view(HEADS, SIZE) / qkv[30, 2]).detach()
+    assert {round(float(x), 3) for x in alone.flatten()} <= {0.0, round(1 / 0.75, 3)}
+    above, step = torch.randn(41, HEADS * SIZE), torch.randn_like(qkv)
+    (grad,) = torch.autograd.grad(attend(qkv, 3), qkv, above)
+    with torch.no_grad():
+        ends = [(attend(qkv + sign * 5e-3 * step, 3) * above).sum() for sign in (1, -1)]
+    assert float((grad * step).sum()) == pytest.approx(float(ends[0] - ends[1]) / 1e-2, rel=1e-2)
+
+
+def test_a_model_drops_attention_in_training_alone():
+    torch.manual_seed(0)
+    model = AudioLM(16, 2, 1, num_quantizers=1, codebook_size=8, dropout=0.0, attention_dropout=0.5)
+    codes, lens = torch.randint(8, (2, 9, 1)), torch.tensor([9, 6])
+
+    def losses():
+        return [float(model(codes, lens, codes, lens, train_stage=1)[1]) for _ in range(2)]
+
+    first, second = losses()
+    assert first != second
+    model.eval()
+    first, second = losses()
+    assert first == second
+
+
 def test_long_float32_rows_go_head_by_head():
     """Past the size at which products are made by oneDNN."""
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ MOST_POINTS = 200  # of a curve
 # Settings without which two runs cannot be compared; what is not here does not move the curves.
 COMPARED = (
     "decoder_dim", "nhead", "num_decoder_layers", "num_quantizers", "scale_factor", "norm_first", "add_prenet",
-    "share_embedding", "codebook_embedding", "prepend_bos", "dropout", "qk_norm",
+    "share_embedding", "codebook_embedding", "prepend_bos", "dropout", "attention_dropout", "qk_norm",
     "max_duration", "filter_min_duration", "filter_max_duration", "prompt_ratio", "prompt_ratio_range", "infill_prob",
     "drop_prompt_prob", "base_lr", "optimizer_name", "scheduler_name", "warmup_steps", "weight_decay",
     "clip_grad_norm", "accumulate_grad_steps", "world_size", "init_from", "codec",

@@ -17,7 +17,11 @@ from valle.engine.checkpoint import load_checkpoint, newest_checkpoint
 from valle.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-NOT_ARCHITECTURE = {"dropout", "codebook_embedding"}  # of ModelConfig: what a fine-tuning may choose anew
+NOT_ARCHITECTURE = {
+    "dropout",
+    "attention_dropout",
+    "codebook_embedding",
+}  # of ModelConfig: what a fine-tuning may choose anew
 
 
 class Best(NamedTuple):

@@ -73,6 +73,7 @@ class AudioLM(nn.Module):
         qk_norm: normalize queries and keys in attention, which keeps long trainings in bfloat16 stable.
         position: "rope" or "sine".
         activation: "gelu" or "relu".
+        attention_dropout: of attention's weights.
     """
 
     loss_unit = "nats/token"
@@ -100,6 +101,7 @@ class AudioLM(nn.Module):
         position: str = "rope",
         activation: str = "gelu",
         qk_norm: bool = False,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if num_quantizers < 1:
@@ -123,6 +125,7 @@ class AudioLM(nn.Module):
             position=position,
             activation=activation,
             qk_norm=qk_norm,
+            attention_dropout=attention_dropout,
         )
         self.ar_predict_layer = Linear(d_model, codebook_size + 1, bias=False)
         if share_embedding:
@@ -144,6 +147,7 @@ class AudioLM(nn.Module):
             self.nar_decoder = Transformer(
                 nar_dim, nar_heads, num_layers, dropout, norm_first,
                 adaptive=True, position=position, activation=activation, qk_norm=qk_norm,
+                attention_dropout=attention_dropout,
             )  # fmt: skip
             self.nar_predict_layers = nn.ModuleList(
                 Linear(nar_dim, codebook_size, bias=False) for _ in range(num_quantizers - 1)

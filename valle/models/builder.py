@@ -29,6 +29,7 @@ def build_model(config: ModelConfig, codebook_size: int) -> AudioLM:
             share_embedding=config.share_embedding,
             dropout=config.dropout,
             qk_norm=config.qk_norm,
+            attention_dropout=config.attention_dropout,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

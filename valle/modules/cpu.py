@@ -96,7 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> Tensor:
-        drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        drawn = _draw_bytes(x)
         ctx.level = level
         ctx.save_for_backward(drawn)
         return _masked(x, drawn, level)
@@ -104,6 +104,11 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         return _masked(grad, ctx.saved_tensors[0], ctx.level), None
+
+
+def _draw_bytes(x: Tensor) -> Tensor:
+    """A random byte for each element."""
+    return torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
 
 
 def _masked(x: Tensor, drawn: Tensor, level: int) -> Tensor:
@@ -158,7 +163,9 @@ def scale_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
     return _ScaleRows.apply(x, weight, bias, rows)
 
 
-def attend_rows(qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows, scale: float) -> Tensor:
+def attend_rows(
+    qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows, scale: float, dropout: float = 0.0
+) -> Tensor:
     """Attention inside each row.
 
     Args:
@@ -166,18 +173,25 @@ def attend_rows(qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, rows: Rows,
         rotation: cosines and sines, (N, d) float32, by which queries and keys turn (`embeddings.rotate`).
         rows: where rows begin and who sees whom.
         scale: of the scores.
+        dropout: of the weights, rounded to 1/256.
 
     Returns:
         (N, H · d).
     """
     cosine, sine = rotation if rotation is not None else (None, None)
-    return _AttendRows.apply(qkv, cosine, sine, rows, scale)
+    return _AttendRows.apply(qkv, cosine, sine, rows, scale, min(round(dropout * LEVELS), LEVELS - 1))
 
 
 class _AttendRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cosine: Tensor | None, sine: Tensor | None, rows: Rows, scale: float
+        ctx: Any,
+        qkv: Tensor,
+        cosine: Tensor | None,
+        sine: Tensor | None,
+        rows: Rows,
+        scale: float,
+        level: int,
     ) -> Tensor:
         frames, _, heads, size = qkv.shape
         out = qkv.new_empty(frames, heads, size)
@@ -193,9 +207,15 @@ class _AttendRows(torch.autograd.Function):
             keep = _keeps(heads, length, qkv)
             for first, last, seen in _blocks(prompt, length):
                 weights = _weights(turned[0, :, first:last], turned[1, :, :seen], first, last, prompt)
-                result[:, first:last] = _bmm(weights, value[:, :seen])
+                used = weights
+                if level:
+                    drawn = _draw_bytes(weights)
+                    used = _masked(weights, drawn, level)
+                    saved.append(drawn)
+                result[:, first:last] = _bmm(used, value[:, :seen])
                 if keep:
                     saved.append(weights)
+        ctx.level = level
         ctx.rows, ctx.scale, ctx.rotates, ctx.shape = rows, scale, cosine is not None, qkv.shape
         if cosine is not None and sine is not None:
             saved += [cosine, sine]
@@ -217,18 +237,21 @@ class _AttendRows(torch.autograd.Function):
             keep = _keeps(heads, length, turned)
             # Later blocks see more keys: theirs first, the others' are added to their beginning.
             blocks = list(_blocks(prompt, length))
-            kept = [next(saved) for _ in blocks] if keep else None
+            each = [[next(saved) for _ in range(keep + (ctx.level > 0))] for _ in blocks]
             down = torch.empty_like(turned)
             grad_value = None
             for number in reversed(range(len(blocks))):
                 first, last, seen = blocks[number]
                 query, key = turned[0, :, first:last], turned[1, :, :seen]
-                weights = kept[number] if kept else _weights(query, key, first, last, prompt)
+                weights = each[number][-1] if keep else _weights(query, key, first, last, prompt)
                 outer = above[:, first:last]
                 scores = _bmm(outer, value[:, :seen].transpose(1, 2))
+                used = weights
+                if ctx.level:
+                    used, scores = (_masked(x, each[number][0], ctx.level) for x in (weights, scores))
                 scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
                 down[0, :, first:last] = _bmm(scores, key)
-                to_key, to_value = _bmm(scores.transpose(1, 2), query), _bmm(weights.transpose(1, 2), outer)
+                to_key, to_value = _bmm(scores.transpose(1, 2), query), _bmm(used.transpose(1, 2), outer)
                 if grad_value is None:
                     down[1], grad_value = to_key, to_value
                 else:
@@ -237,7 +260,7 @@ class _AttendRows(torch.autograd.Function):
             down[0] *= ctx.scale
             grad_qkv[part, 2] = grad_value.transpose(0, 1)  # type: ignore[union-attr]
             grad_qkv[part, :2] = _turn_back(down, cosine, sine, part)
-        return grad_qkv, None, None, None, None
+        return grad_qkv, None, None, None, None, None
 
 
 def _keeps(heads: int, length: int, like: Tensor) -> bool:

@@ -45,16 +45,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D), or packed rows (N, D) -> (N, D).
 
-    Attention's weights have no dropout, which no fused kernel for CPUs offers; its output has.
-
     Args:
         dim, nhead: width and heads.
+        dropout: of attention's weights; what comes out has its own.
         qk_norm: normalize queries and keys by their root-mean-square before they turn, which keeps scores from growing
             (arXiv 2302.05442, section 2, with RMS in the place of layer normalization).
     """
 
-    def __init__(self, dim: int, nhead: int, qk_norm: bool) -> None:
+    def __init__(self, dim: int, nhead: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
+        self.dropout = dropout
         self.nhead = nhead
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
@@ -74,8 +74,9 @@ class SelfAttention(nn.Module):
         cache: LayerCache | BagLayer | None,
         rows: cpu.Rows | None = None,
     ) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         if rows is not None:  # x (N, D), rotation (N, d) each
-            return self.out_proj(cpu.attend_rows(self._project(x), rotation, rows, self.scale))
+            return self.out_proj(cpu.attend_rows(self._project(x), rotation, rows, self.scale, dropout))
         batch, time, dim = x.shape
         query, key, value = self._project(x).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
         if rotation is not None:
@@ -89,7 +90,9 @@ class SelfAttention(nn.Module):
                 scores.masked_fill_(~mask, -torch.inf)
             out = scores.softmax(-1) @ value
             return self.out_proj(out.transpose(1, 2).reshape(batch, time, dim))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=self.scale
+        )
         return self.out_proj(out.transpose(1, 2).reshape(batch, time, dim))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -148,11 +151,12 @@ class TransformerLayer(nn.Module):
         adaptive: bool,
         activation: str,
         qk_norm: bool,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
         self.activation_name, self.activation = activation, ACTIVATIONS[activation]
-        self.self_attn = SelfAttention(dim, nhead, qk_norm)
+        self.self_attn = SelfAttention(dim, nhead, attention_dropout, qk_norm)
         self.linear1 = Linear(dim, 4 * dim)
         self.linear2 = Linear(4 * dim, dim)
         self.dropout = Dropout(dropout)
@@ -183,12 +187,13 @@ class Transformer(nn.Module):
 
     Args:
         dim, nhead, num_layers: width, heads, depth.
-        dropout: of embeddings, attention and feed-forward.
+        dropout: of embeddings, attention's output and feed-forward.
         norm_first: pre-norm, with a final normalization.
         adaptive: normalizations take a condition (B, 1, D).
         position: "rope" turns queries and keys, "sine" adds sinusoids to the input.
         activation: "gelu" or "relu".
         qk_norm: normalize queries and keys.
+        attention_dropout: of attention's weights.
     """
 
     # In training: compute each layer's activations a second time, in backward, instead of keeping them.
@@ -206,6 +211,7 @@ class Transformer(nn.Module):
         position: str = "rope",
         activation: str = "gelu",
         qk_norm: bool = False,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if dim % nhead or (position == "rope" and dim // nhead % 2):
@@ -219,7 +225,9 @@ class Transformer(nn.Module):
         self.dropout = Dropout(dropout)
         # Each layer draws its own weights: a list of copies would start them all identical.
         self.layers: Sequence[TransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
-            TransformerLayer(dim, nhead, dropout, norm_first, adaptive, activation, qk_norm)
+            TransformerLayer(
+                dim, nhead, dropout, norm_first, adaptive, activation, qk_norm, attention_dropout
+            )
             for _ in range(num_layers)
         )
         self.norm = (AdaptiveLayerNorm if adaptive else PlainLayerNorm)(dim) if norm_first else None
