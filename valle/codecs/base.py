@@ -6,10 +6,15 @@ Nobody else types a frame rate, a hop or a codebook size: these numbers come fro
 import hashlib
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LONG_SECONDS = 120.0  # a recording beyond it is encoded in pieces, so that memory does not grow with it
+PIECE_SECONDS = 60.0
+CONTEXT_SECONDS = 10.0  # on both sides of a piece, where a codec's reach is not known
 
 
 class Codec(nn.Module):
@@ -47,6 +52,11 @@ class Codec(nn.Module):
         return math.ceil(self.frame_rate)
 
     @property
+    def encode_reach(self) -> int | None:
+        """Frames before and behind a frame that its codes depend on; None: not bounded, or not known."""
+        return None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -54,6 +64,61 @@ class Codec(nn.Module):
     @abstractmethod
     def encode(self, wav: Tensor) -> Tensor:
         """(B, C, N) float32 in [-1, 1] at `sample_rate` -> codes (B, T, Q) int64, T = num_frames(N)."""
+
+    def encode_batch(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        """Encode recordings of any lengths together: each gets the codes that it gets alone.
+
+        A recording longer than `LONG_SECONDS` is encoded in pieces of `PIECE_SECONDS`, with so much of what is before
+        and behind them that the codes stay the same (`encode_reach`). Where that is not bounded (a recurrent layer, a
+        norm over time), it is `CONTEXT_SECONDS`, and codes can differ from those of one piece.
+
+        Args:
+            wavs: (C, N) float32 each, at `sample_rate`, on any device.
+
+        Returns:
+            (T, Q) int64 each, in the order of `wavs`.
+        """
+        longest = LONG_SECONDS * self.sample_rate  # samples
+        moved = [wav.to(self.device) for wav in wavs]
+        together = [index for index, wav in enumerate(moved) if wav.shape[-1] <= longest]
+        codes: list[Tensor] = [torch.empty(0)] * len(moved)
+        if together:
+            encoded = self._encode_rows([moved[index] for index in together])
+            for index, rows in zip(together, encoded, strict=True):
+                codes[index] = rows
+        for index, wav in enumerate(moved):
+            if wav.shape[-1] > longest:
+                codes[index] = self._encode_long(wav)
+        return codes
+
+    def _encode_rows(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        """`encode_batch` without pieces. Here only recordings of one length share a batch: nothing is padded."""
+        lengths: dict[int, list[int]] = {}
+        for index, wav in enumerate(wavs):
+            lengths.setdefault(wav.shape[-1], []).append(index)
+        codes: dict[int, Tensor] = {}
+        for indices in lengths.values():
+            codes.update(
+                zip(indices, self.encode(torch.stack([wavs[index] for index in indices])), strict=True)
+            )
+        return [codes[index] for index in range(len(wavs))]
+
+    def _encode_long(self, wav: Tensor) -> Tensor:
+        """(C, N) -> (T, Q), piece by piece."""
+        hop, total = self.hop_length, self.num_frames(wav.shape[-1])
+        reach = self.encode_reach
+        context = math.ceil(CONTEXT_SECONDS * self.frame_rate) if reach is None else reach  # frames
+        size = max(1, math.ceil(PIECE_SECONDS * self.frame_rate))
+        pieces = []
+        for start in range(0, total, size):
+            first, last = max(0, start - context), min(total, start + size + context)
+            codes = self._encode_piece(wav[None, :, first * hop : last * hop])[0]
+            pieces.append(codes[start - first : min(total, start + size) - first])
+        return torch.cat(pieces)
+
+    def _encode_piece(self, wav: Tensor) -> Tensor:
+        """As `encode`, for a part of a recording."""
+        return self.encode(wav)
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:

@@ -34,6 +34,17 @@ HUB_IDS = {
     "mimi": "kyutai/mimi",
 }
 
+# (Hz, channels, samples a frame, quantizers, codebook size) of these, for who must do without the weights.
+PUBLISHED = {
+    "encodec_24khz": (24000, 1, 320, 32, 1024),
+    "encodec_32khz": (32000, 1, 640, 4, 2048),
+    "encodec_48khz": (48000, 2, 320, 16, 1024),
+    "dac_16khz": (16000, 1, 320, 12, 1024),
+    "dac_24khz": (24000, 1, 320, 32, 1024),
+    "dac_44khz": (44100, 1, 512, 9, 1024),
+    "mimi": (24000, 1, 1920, 32, 2048),
+}
+
 NORMALIZED_RMS = 0.1
 """Level, relative to full scale (-20 dB), at which a codec that normalizes its input gives sound back."""
 
@@ -78,7 +89,18 @@ class HFCodec(Codec):
         """(B, C, N) float32 -> (B, T, Q) int64."""
         if wav.ndim != 3 or wav.shape[1] != self.channels or wav.shape[2] == 0:
             raise ValueError(f"codec '{self.name}' takes (B, {self.channels}, N > 0), got {tuple(wav.shape)}")
-        return self._encode(wav.float()).transpose(1, 2).long()  # (B, Q, T) -> (B, T, Q)
+        return self._encode_piece(self._leveled(wav.float()))
+
+    def _leveled(self, wav: Tensor) -> Tensor:
+        """(B, C, N) at the level that the model was trained with."""
+        return wav
+
+    def _encode_long(self, wav: Tensor) -> Tensor:
+        return super()._encode_long(self._leveled(wav[None].float())[0])  # one level for all pieces
+
+    @torch.no_grad()
+    def _encode_piece(self, wav: Tensor) -> Tensor:
+        return self._encode(wav).transpose(1, 2).long()  # (B, Q, T) -> (B, T, Q)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -131,10 +153,13 @@ class EncodecCodec(HFCodec):
             default=max(model.config.target_bandwidths),
         )
 
+    def _leveled(self, wav: Tensor) -> Tensor:
+        if not self.normalize:
+            return wav
+        mono = wav.mean(dim=1, keepdim=True)  # (B, 1, N)
+        return wav / (mono.pow(2).mean(dim=-1, keepdim=True).sqrt() + 1e-8)
+
     def _encode(self, wav: Tensor) -> Tensor:
-        if self.normalize:
-            mono = wav.mean(dim=1, keepdim=True)  # (B, 1, N)
-            wav = wav / (mono.pow(2).mean(dim=-1, keepdim=True).sqrt() + 1e-8)
         codes = self.model.encode(wav, bandwidth=self.bandwidth).audio_codes[0]  # one chunk: (1, B, Q', T)
         return codes[:, : self.num_quantizers]
 
@@ -167,6 +192,15 @@ class DacCodec(HFCodec):
             elif isinstance(layer, nn.Conv1d):
                 reach += layer.dilation[0] * (layer.kernel_size[0] // 2)
         return reach
+
+    @property
+    def encode_reach(self) -> int:
+        """Reach of the encoder's convolutions, counted from the codes back to the samples."""
+        reach = 0
+        for layer in reversed(list(self.model.encoder.modules())):
+            if isinstance(layer, nn.Conv1d):
+                reach = reach * layer.stride[0] + layer.dilation[0] * (layer.kernel_size[0] - 1)
+        return math.ceil(reach / self.hop_length)
 
     def _encode(self, wav: Tensor) -> Tensor:
         padding = self.num_frames(wav.shape[-1]) * self.hop_length - wav.shape[-1]

@@ -10,6 +10,7 @@ Sources: Vocos (arXiv 2306.00814) for the spectral head; SoundStream (arXiv 2107
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,13 +81,20 @@ class SpectralCodec(Codec):
         half_overlap = (self.config.n_fft - self.config.hop_length // SUBFRAMES) / 2  # samples
         return convolutions + math.ceil(half_overlap / self.hop_length)
 
-    def latents(self, wav: Tensor) -> Tensor:
-        """(B, 1, N) -> (B, T, latent_dim), before quantization."""
+    @property
+    def encode_reach(self) -> int:
+        """Reach of the encoder's convolutions (the input's and one a block) and of the overlapping spectra."""
+        convolutions = (self.config.encoder_depth + 1) * (self.config.encoder_kernel // 2)
+        half_overlap = (self.config.n_fft - self.config.hop_length // SUBFRAMES) / 2  # samples
+        return convolutions + math.ceil(half_overlap / self.hop_length)
+
+    def latents(self, wav: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, 1, N) -> (B, T, latent_dim), before quantization; frames where `mask` (B, T, 1) is 0 are padding."""
         missing = -wav.shape[-1] % self.hop_length
         mel = self.features(nn.functional.pad(wav[:, 0], (0, missing)))  # (B, 2T, n_mels)
         batch, num, n_mels = mel.shape
         stacked = mel.reshape(batch, num // SUBFRAMES, SUBFRAMES * n_mels)
-        return self.to_latent(self.encoder(0.25 * stacked + 1.0))  # log-mel lies in about -11.5 … 3
+        return self.to_latent(self.encoder(0.25 * stacked + 1.0, mask))  # log-mel lies in about -11.5 … 3
 
     def synthesize(self, latents: Tensor) -> Tensor:
         """(B, T, latent_dim) -> (B, 1, T · hop_length)."""
@@ -100,6 +108,20 @@ class SpectralCodec(Codec):
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
         return self.quantizer.encode(self.latents(wav))[..., : self.num_quantizers]
+
+    @torch.no_grad()
+    def _encode_rows(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        # One padded batch of any lengths: every convolution sees zeros beyond a row's last frame, as it does alone.
+        frames = [self.num_frames(wav.shape[-1]) for wav in wavs]
+        padded = torch.zeros(len(wavs), self.channels, max(frames) * self.hop_length, device=self.device)
+        for row, wav in zip(padded, wavs, strict=True):
+            row[:, : wav.shape[-1]] = wav
+        mask = None
+        if min(frames) < max(frames):
+            inside = torch.arange(max(frames)) < torch.tensor(frames)[:, None]  # (B, T)
+            mask = inside[..., None].to(self.device, padded.dtype)
+        codes = self.quantizer.encode(self.latents(padded, mask))[..., : self.num_quantizers]
+        return [row[:length] for row, length in zip(codes, frames, strict=True)]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_lens (B,) the targets, prefix_lens (B,)
 the frames of each prompt that stand before its target (fewer than x_lens where a gap is filled), ids (B strings),
 num_frames (the longest row, prompt and target together), and filler (true: the batch does not count).
+Of texts, x is (B, S) symbols or (B, S, F) notes, y the whole recordings; where prompts come from neighbours, prompts
+(B, P, Q) and prompts_lens (B,).
 """
 
 import copy
@@ -15,13 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from valle.config import DataConfig
+from valle.config import DataConfig, to_dict
 from valle.data.batching import BatchPlan, EpochPlan, PlannedBatch
 from valle.data.manifests import stream_manifest
 from valle.data.packed import PackedCodes, load_codes, open_packed
-from valle.data.split import draw_split, drawn_ratio, parse_ratio_range, split_prompt_target
+from valle.data.packed_texts import PackedTexts
+from valle.data.split import PromptRule, draw_split, settle_prompt, split_prompt_target, uniform
 from valle.utils import distributed
 from valle.utils.errors import UserError
 from valle.utils.signals import leave_to_parent
@@ -62,45 +66,58 @@ class PromptTargetDataset:
     """Turns the codes of recordings into a batch.
 
     Args:
-        config: prompt ratio and its range, shares of rows to fill in and of dropped prompts.
+        config: how long prompts are, shares of rows to fill in and of dropped prompts.
         num_quantizers, codebook_size: what codes must be.
         seed: of what is drawn.
-        draw: whether rows are drawn (training), or all continue a prompt of the fixed ratio (validation).
+        draw: whether rows are drawn (training), or split the same way in every epoch (validation).
+        frame_rate: of the codes in Hz; prompts of so many seconds need it.
     """
 
     def __init__(
-        self, config: DataConfig, num_quantizers: int, codebook_size: int, seed: int, draw: bool
+        self,
+        config: DataConfig,
+        num_quantizers: int,
+        codebook_size: int,
+        seed: int,
+        draw: bool,
+        frame_rate: float | None = None,
     ) -> None:
         self.num_quantizers, self.codebook_size, self.seed = num_quantizers, codebook_size, seed
-        self.ratio = config.prompt_ratio
-        if not 0 < self.ratio < 1:
-            raise UserError(f"--prompt-ratio is {self.ratio}, expected more than 0 and less than 1")
+        self.rule = PromptRule.of(to_dict(settle_prompt(config)), frame_rate, fixed=not draw)
         for name in ("infill_prob", "drop_prompt_prob"):
             if not 0 <= getattr(config, name) <= 1:
                 raise UserError(
                     f"--{name.replace('_', '-')} is {getattr(config, name)}, expected a share from 0 to 1"
                 )
-        self.range = parse_ratio_range(config.prompt_ratio_range) if draw else None
         self.infill_prob = config.infill_prob if draw else 0.0
         self.drop_prompt_prob = config.drop_prompt_prob if draw else 0.0
 
-    def batch(self, ids: Sequence[str], codes: Sequence[np.ndarray], epoch: int) -> dict[str, Any]:
+    def batch(
+        self,
+        ids: Sequence[str],
+        codes: Sequence[np.ndarray],
+        epoch: int,
+        marks: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
         """A batch of recordings; what is drawn for one depends on its id, the epoch and the seed alone.
 
         Args:
             ids: B names.
             codes: B arrays (T, Q) of 2 frames or more.
             epoch: number of the epoch.
+            marks: B lengths of prompts in seconds that the cuts themselves name, NaN where one does not.
+            cuts: B numbers in the manifest, not read here.
         """
         lens = torch.tensor([len(row) for row in codes])
         padded = np.zeros((len(codes), int(lens.max()), self.num_quantizers), dtype=np.int64)
         places = []
         for row, (name, frames) in enumerate(zip(ids, codes, strict=True)):
             padded[row, : len(frames)] = frames
-            ratio = self.ratio if self.range is None else drawn_ratio(*self.range, name, epoch, self.seed)
+            prompt = self.rule.frames(len(frames), name, marks[row] if marks else None, epoch, self.seed)
             places.append(
                 draw_split(
-                    len(frames), ratio, self.infill_prob, self.drop_prompt_prob, name, epoch, self.seed
+                    len(frames), prompt, self.infill_prob, self.drop_prompt_prob, name, epoch, self.seed
                 )
             )
         prompt_starts, target_starts, target_lens = torch.tensor(places).unbind(1)
@@ -114,6 +131,75 @@ class PromptTargetDataset:
             "ids": list(ids),
             "num_frames": int((split.prompt_lens + split.target_lens).max()),
         }
+
+
+class TextAudioDataset:
+    """Turns recordings and what is said or played in them into a batch.
+
+    Args:
+        texts: of all cuts of the manifest.
+        codes: of the same cuts, for prompts from neighbours; None: there are no such prompts.
+        num_quantizers, codebook_size: what codes must be.
+        seed: of what is drawn.
+        prompt_frames: of a neighbour at most.
+    """
+
+    def __init__(
+        self,
+        texts: PackedTexts,
+        codes: PackedCodes | None,
+        num_quantizers: int,
+        codebook_size: int,
+        seed: int,
+        prompt_frames: int,
+    ) -> None:
+        self.texts, self.codes = texts, codes
+        self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
+        self.seed, self.prompt_frames = seed, prompt_frames
+        self.drop_prompt_prob = 0.0
+
+    def batch(
+        self,
+        ids: Sequence[str],
+        codes: Sequence[np.ndarray],
+        epoch: int,
+        marks: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """A batch; what is drawn for a recording depends on its id, the epoch and the seed alone.
+
+        Args:
+            ids: B names.
+            codes: B arrays (T, Q).
+            epoch: number of the epoch.
+            marks: not read here.
+            cuts: B numbers in the manifest.
+        """
+        assert cuts is not None
+        texts = [torch.from_numpy(self.texts[cut].astype(np.int64)) for cut in cuts]
+        targets = [torch.from_numpy(row[:, : self.num_quantizers].astype(np.int64)) for row in codes]
+        batch = {
+            "x": pad_sequence(texts, batch_first=True),
+            "x_lens": torch.tensor([len(row) for row in texts]),
+            "y": pad_sequence(targets, batch_first=True),
+            "y_lens": torch.tensor([len(row) for row in targets]),
+            "ids": list(ids),
+            "num_frames": max(len(row) for row in targets),
+        }
+        if self.codes is not None:
+            prompts = [self._neighbour(cut, name, epoch) for cut, name in zip(cuts, ids, strict=True)]
+            batch["prompts"] = pad_sequence(prompts, batch_first=True)
+            batch["prompts_lens"] = torch.tensor([len(row) for row in prompts])
+        return batch
+
+    def _neighbour(self, cut: int, name: str, epoch: int) -> torch.Tensor:
+        """Some frames of another recording of the same reader or room; of this one, where there is no other."""
+        assert self.codes is not None
+        other = int(self.texts.neighbours[cut])
+        rows = self.codes[other if other >= 0 else cut][:, : self.num_quantizers]
+        frames = min(len(rows), self.prompt_frames)
+        start = int(uniform(f"neighbour {self.seed} {epoch} {name}") * (len(rows) - frames + 1))
+        return torch.from_numpy(rows[start : start + frames].astype(np.int64))
 
 
 class CutBatches:
@@ -135,7 +221,7 @@ class CutBatches:
         self,
         manifest: Path,
         config: DataConfig,
-        dataset: PromptTargetDataset,
+        dataset: PromptTargetDataset | TextAudioDataset,
         seed: int,
         training: bool,
         accumulate_grad_steps: int = 1,
@@ -159,6 +245,11 @@ class CutBatches:
         if self.frames.min() < 2:
             name = self.codes.id(self.kept[self.frames.argmin()])
             raise UserError(f"cut '{name}': 1 frame cannot be split; raise --filter-min-duration")
+        if (
+            isinstance(dataset, PromptTargetDataset) and dataset.rule.in_seconds
+        ):  # what does not fit is said now, not in the middle of an epoch
+            for cut, frames in zip(self.kept.tolist(), self.frames.tolist(), strict=True):
+                dataset.rule.frames(frames, self.codes.id(cut), float(self.codes.prompt_durations[cut]))
         self.plan = BatchPlan(
             durations[self.kept],
             config.max_duration,
@@ -234,14 +325,19 @@ class _Batches(Dataset):
     """Planned batches -> batches. All that decides about one comes with the request, so any worker makes the same."""
 
     def __init__(
-        self, codes: PackedCodes, kept: np.ndarray, dataset: PromptTargetDataset, epoch: int
+        self,
+        codes: PackedCodes,
+        kept: np.ndarray,
+        dataset: PromptTargetDataset | TextAudioDataset,
+        epoch: int,
     ) -> None:
         self.codes, self.kept, self.dataset, self.epoch = codes, kept, dataset, epoch
 
     def __getitem__(self, planned: PlannedBatch) -> dict[str, Any]:
         cuts = self.kept[planned.cuts].tolist()
         ids, rows = [self.codes.id(cut) for cut in cuts], [self.codes[cut] for cut in cuts]
-        return {**self.dataset.batch(ids, rows, self.epoch), "filler": planned.filler}
+        marks = self.codes.prompt_durations[cuts].tolist()
+        return {**self.dataset.batch(ids, rows, self.epoch, marks, cuts), "filler": planned.filler}
 
 
 class _From:

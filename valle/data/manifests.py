@@ -30,6 +30,7 @@ from valle.utils.files import atomic_path
 SPLITS = ("train", "validation", "test")
 VALIDATION_PART = 0.1
 TEST_PART = 0.1
+TEXT_TOKENS_FILE = "text_tokens.jsonl.gz"  # of valle.data.text
 MAX_ID_BYTES = 150  # of the 255 that a file name may have: a digest and suffixes are added
 
 
@@ -101,13 +102,19 @@ def cut_windows(
 
 
 def join_groups(
-    durations: Sequence[float], min_duration: float, max_duration: float, pause: float, key: str
+    durations: Sequence[float],
+    min_duration: float,
+    max_duration: float,
+    pause: float,
+    key: str,
+    spread: bool = True,
 ) -> list[list[int]]:
     """Group neighbouring clips so that each group, joined, lasts `min_duration` to `max_duration` seconds.
 
-    Group lengths are drawn evenly between the two (seed `key`). Every clip is in exactly one group, in order. Where
-    clip borders do not allow it (one clip is longer than `max_duration`), a group lasts longer and is to be cut with
-    `cut_windows`; when all clips together are too short, the only group is.
+    Group lengths are drawn evenly between the two (seed `key`); without `spread`, a group ends as soon as it is long
+    enough, so that a long clip stays alone where no short one stands before it. Every clip is in exactly one group, in
+    order. Where clip borders do not allow it (one clip is longer than `max_duration`), a group lasts longer and is to
+    be cut with `cut_windows`; when all clips together are too short, the only group is.
 
     Args:
         durations: seconds of each clip.
@@ -121,17 +128,18 @@ def join_groups(
         return sum(durations[index] for index in group) + pause * (len(group) - 1)
 
     draw = random.Random(key)
+    longest = max_duration if spread else min_duration
     groups: list[list[int]] = []
     current: list[int] = []
-    wanted = draw.uniform(min_duration, max_duration)
+    wanted = draw.uniform(min_duration, longest)
     for index in range(len(durations)):
         if current and total(current) >= min_duration and total([*current, index]) > max_duration:
             groups.append(current)
-            current, wanted = [], draw.uniform(min_duration, max_duration)
+            current, wanted = [], draw.uniform(min_duration, longest)
         current.append(index)
         if total(current) >= wanted:
             groups.append(current)
-            current, wanted = [], draw.uniform(min_duration, max_duration)
+            current, wanted = [], draw.uniform(min_duration, longest)
     if current and groups and total(current) < min_duration:
         rest = groups.pop() + current
         borders = [
@@ -157,9 +165,10 @@ def file_id(name: str) -> str:
 
 
 def write_audio(path: Path, wav: np.ndarray, sample_rate: int) -> None:
-    """Write (C, N) audio as 16-bit FLAC, atomically, unless the same audio is there already."""
+    """Write (C, N) audio, float or int16, as 16-bit FLAC, atomically, unless the same audio is there already."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wav, -1.0, 1.0).T, sample_rate, format="FLAC", subtype="PCM_16")
+    samples = wav if wav.dtype == np.int16 else np.clip(wav, -1.0, 1.0)
+    soundfile.write(buffer, samples.T, sample_rate, format="FLAC", subtype="PCM_16")
     write_bytes(path, buffer.getvalue())
 
 
@@ -202,7 +211,7 @@ def stream_manifest(path: Path) -> Iterator[Cut]:
     if not path.is_file():
         raise UserError(f"manifest '{path}' does not exist; run the stage of prepare.sh that writes it")
     try:
-        for cut in CutSet.from_file(path):
+        for cut in CutSet.from_file(path) or ():  # lhotse gives None for a file without lines
             if not isinstance(cut, Cut):
                 raise TypeError(f"it holds a {type(cut).__name__}")
             yield cut
@@ -286,12 +295,15 @@ def write_manifests(
 def split_manifest(folder: Path) -> dict[str, int]:
     """Stage 3: cuts_all.jsonl.gz -> cuts_<split>.jsonl.gz (kind audio), utterances_<split>.jsonl.gz (kind utterance).
 
+    Where text_tokens.jsonl.gz lies beside, utterances get their text symbols.
+
     Returns:
         Number of cuts by file name.
 
     Raises:
-        UserError: a cut without a valid split or kind, or a split without cuts.
+        UserError: a cut without a valid split or kind, a split without cuts, or text symbols of other texts.
     """
+    tokens = read_text_tokens(folder / TEXT_TOKENS_FILE)
     prefixes = {"audio": "cuts", "utterance": "utterances"}
     files: dict[str, list[Cut]] = {f"cuts_{split}.jsonl.gz": [] for split in SPLITS}
     for cut in read_manifest(folder / "cuts_all.jsonl.gz"):
@@ -302,6 +314,14 @@ def split_manifest(folder: Path) -> dict[str, int]:
                 f"cut '{cut.id}': split is {split!r} and kind is {kind!r}, expected one of {', '.join(SPLITS)} and"
                 f" one of {', '.join(prefixes)}; run prepare.sh --stage 1 again"
             )
+        if tokens and kind == "utterance" and cut_text(cut):
+            text, symbols = tokens.get(cut.id, (None, []))
+            if text != cut_text(cut):
+                raise UserError(
+                    f"cut '{cut.id}': its text is not the one in '{folder / TEXT_TOKENS_FILE}';"
+                    " run python -m valle.bin.text_tokens again"
+                )
+            cut = with_tokens(cut, symbols)
         files.setdefault(f"{prefixes[kind]}_{split}.jsonl.gz", []).append(cut)
     empty = [name for name, cuts in files.items() if not cuts]
     if empty:
@@ -318,3 +338,34 @@ def split_manifest(folder: Path) -> dict[str, int]:
 def with_codes(cut: Cut, codes: Any) -> Cut:
     """A copy of the cut that carries `codes`, a lhotse TemporalArray, as `audio_features`."""
     return fastcopy(cut, custom={**(cut.custom or {}), "audio_features": codes})
+
+
+def cut_text(cut: Cut) -> str:
+    """The text of all supervisions of a cut, in order of time; "" where there is none."""
+    supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+    return " ".join(supervision.text for supervision in supervisions if supervision.text)
+
+
+def with_tokens(cut: Cut, symbols: Sequence[str]) -> Cut:
+    """A copy of the cut that carries text symbols in its first supervision, as custom["tokens"]["text"]."""
+    first, *rest = cut.supervisions
+    custom = {**(first.custom or {}), "tokens": {"text": list(symbols)}}
+    return fastcopy(cut, supervisions=[fastcopy(first, custom=custom), *rest])
+
+
+def read_text_tokens(path: Path) -> dict[str, tuple[str, list[str]]]:
+    """What valle.data.text has written: text and its symbols by cut id; {} where there is no such file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            items = [json.loads(line) for line in file]
+        return {item["id"]: (item["text"], item["tokens"]) for item in items}
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is damaged ({error}); run python -m valle.bin.text_tokens again"
+        ) from error

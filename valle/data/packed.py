@@ -6,6 +6,7 @@ Trainings read the latter: no lhotse cuts in memory, no file to open a cut.
         codes.u16      (F, Q) little-endian uint16, cut after cut in the manifest's order
         ends.npy       (N,) int64: the frame behind each cut's last
         durations.npy  (N,) float64 seconds
+        prompt_durations.npy  (N,) float64 seconds that a cut's custom field `prompt_duration` names, NaN without
         ids.npy        uint8: all ids as UTF-8, one after the other
         id_ends.npy    (N,) int64: the byte behind each id's last
         pack.json      what it holds, and the time stamps of what it was read from
@@ -23,9 +24,9 @@ import re
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from lhotse.cut import Cut
@@ -35,21 +36,56 @@ from valle.utils.errors import UserError
 from valle.utils.progress import progress
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
+CUT_MARK = "prompt_duration"  # the field of `cut.custom` that names the length of a cut's prompt, in seconds
 LARGEST_CODEBOOK = 65536  # that uint16 holds
 WATCHED_FILES = 64  # about so many code files, spread over the manifest, are watched besides their folders
 UNFINISHED = ".unfinished-"
 
 
-def load_codes(cut: Cut, num_quantizers: int | None = None, codebook_size: int | None = None) -> np.ndarray:
-    """A cut's codec tokens.
+class Pack(Protocol):
+    """Something packed: `sources` are the files and folders it was made of, with their time stamps."""
+
+    sources: dict[str, list[int]]
+
+
+P = TypeVar("P", bound=Pack)
+
+
+def stored_codes(cut: Cut) -> np.ndarray:
+    """A cut's codec tokens as they are stored, of whatever shape and type.
 
     They are the custom array `audio_features`, or `cut.features` as older VALL-E recipes write them.
+
+    Raises:
+        UserError: no codes, or they cannot be read.
+    """
+    custom = getattr(cut, "custom", None) or {}
+    try:
+        if "audio_features" in custom:
+            return np.asarray(cut.load_audio_features())
+        if cut.has_features:
+            return np.asarray(cut.load_features())
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"cut '{cut.id}': its codes cannot be read ({error}); run prepare.sh --stage 2"
+        ) from error
+    raise UserError(f"cut '{cut.id}' has no codes; run prepare.sh --stage 2")
+
+
+def load_codes(
+    cut: Cut,
+    num_quantizers: int | None = None,
+    codebook_size: int | None = None,
+    stored: np.ndarray | None = None,
+) -> np.ndarray:
+    """A cut's codec tokens, checked.
 
     Args:
         cut: with codes.
         num_quantizers: read the first so many (default: all).
         codebook_size: codes must be below it.
+        stored: its `stored_codes`, where they have been read.
 
     Returns:
         (T, Q) int64.
@@ -57,18 +93,7 @@ def load_codes(cut: Cut, num_quantizers: int | None = None, codebook_size: int |
     Raises:
         UserError: no codes, unreadable, too few quantizers, or codes out of range.
     """
-    custom = getattr(cut, "custom", None) or {}
-    try:
-        if "audio_features" in custom:
-            codes = np.asarray(cut.load_audio_features())
-        elif cut.has_features:
-            codes = np.asarray(cut.load_features())
-        else:
-            raise UserError(f"cut '{cut.id}' has no codes; run prepare.sh --stage 2")
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"cut '{cut.id}': its codes cannot be read ({error}); run prepare.sh --stage 2"
-        ) from error
+    codes = stored_codes(cut) if stored is None else stored
     if codes.ndim != 2 or codes.shape[0] == 0:
         raise UserError(f"cut '{cut.id}': codes of shape {codes.shape}, expected (frames, quantizers)")
     if num_quantizers is not None:
@@ -85,9 +110,23 @@ def load_codes(cut: Cut, num_quantizers: int | None = None, codebook_size: int |
     if low < 0 or (codebook_size is not None and high >= codebook_size):
         raise UserError(
             f"cut '{cut.id}': codes from {low} to {high}, expected 0 to {(codebook_size or 65536) - 1}; "
-            "were they made with another codec?"
+            "were they made with another codec? run prepare.sh --stage 2 again"
         )
     return codes
+
+
+def prompt_mark(cut: Cut) -> float:
+    """Seconds of its beginning that a cut names as its prompt; NaN where it names none.
+
+    Raises:
+        UserError: what it says is no number.
+    """
+    mark = (getattr(cut, "custom", None) or {}).get(CUT_MARK)
+    if mark is None:
+        return float("nan")
+    if isinstance(mark, bool) or not isinstance(mark, int | float):
+        raise UserError(f"cut '{cut.id}': its '{CUT_MARK}' is {mark!r}, expected a number of seconds")
+    return float(mark)
 
 
 class PackedCodes:
@@ -99,6 +138,7 @@ class PackedCodes:
     Attributes:
         frames: (N,) int64 of each cut.
         durations: (N,) float64 seconds.
+        prompt_durations: (N,) float64 seconds that each cut names as its prompt, NaN where it does not.
 
     Raises:
         OSError, ValueError, KeyError: it is not whole.
@@ -112,9 +152,9 @@ class PackedCodes:
             raise ValueError(f"format {info['format']}, expected {FORMAT}")
         self.sources: dict[str, list[int]] = info["sources"]
         self._codes = np.memmap(folder / "codes.u16", dtype="<u2", mode="r", shape=shape).view(np.ndarray)
-        self._ends, self.durations, self._ids, self._id_ends = (
+        self._ends, self.durations, self.prompt_durations, self._ids, self._id_ends = (
             np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
-            for name in ("ends", "durations", "ids", "id_ends")
+            for name in ("ends", "durations", "prompt_durations", "ids", "id_ends")
         )
         self.frames = np.diff(self._ends, prepend=0)
 
@@ -151,28 +191,48 @@ def open_packed(manifest: Path, num_quantizers: int, codebook_size: int) -> Pack
     Raises:
         UserError: what `load_codes` says of a cut; no manifest; no folder that can be written.
     """
+    return open_pack(
+        manifest,
+        f"{num_quantizers}x{codebook_size}",
+        PackedCodes,
+        lambda folder: _build(manifest, folder, num_quantizers, codebook_size),
+    )
+
+
+def open_pack(manifest: Path, kind: str, open_it: Callable[[Path], P], build: Callable[[Path], object]) -> P:
+    """What was made of a manifest; made first where it is not there.
+
+    Args:
+        manifest: what it is made of.
+        kind: what is made, and how, as the end of a file name: `4x1024`, `text-` and a digest.
+        open_it: opens a folder of it; what it gives has `sources`, see `PackedCodes`.
+        build: makes the folder.
+
+    Raises:
+        UserError: no manifest; no folder that can be written; what `build` raises.
+    """
     name = re.sub(r"\.jsonl(\.gz)?$", "", manifest.name)
-    pack = f"{name}-{_digest(manifest)}-{num_quantizers}x{codebook_size}"
+    pack = f"{name}-{_digest(manifest)}-{kind}"
     place = hashlib.sha1(str(manifest.resolve().parent).encode()).hexdigest()[:12]
     folders = [
         manifest.parent / "packed",
         Path(tempfile.gettempdir()) / f"valle-packed-{os.getuid()}" / place,
     ]
     for folder in folders:
-        if (codes := _opened(folder / pack)) is not None:
-            return codes
+        if (found := _opened(folder / pack, open_it)) is not None:
+            return found
     reasons = []
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder) as alone:
                 # Another process may have packed them while this one waited.
-                if (codes := _opened(folder / pack)) is None:
-                    _build(manifest, folder / pack, num_quantizers, codebook_size)
-                    codes = PackedCodes(folder / pack)
+                if (found := _opened(folder / pack, open_it)) is None:
+                    build(folder / pack)
+                    found = open_it(folder / pack)
                 if alone:
                     _remove_stale(folder, name, pack)
-                return codes
+                return found
         except OSError as error:
             reasons.append(f"'{folder}': {error.strerror or error}")
             log.warning("codes cannot be packed in %s", reasons[-1])
@@ -192,23 +252,23 @@ def _digest(manifest: Path) -> str:
         ) from None
 
 
-def _opened(folder: Path) -> PackedCodes | None:
-    """A pack that is there, whole, and of code files that have not changed since."""
+def _opened(folder: Path, open_it: Callable[[Path], P]) -> P | None:
+    """A pack that is there, whole, and of files that have not changed since."""
     if not folder.is_dir():
         return None
     try:
-        codes = PackedCodes(folder)
+        found = open_it(folder)
     except (OSError, ValueError, KeyError) as error:
-        log.warning("'%s' is damaged (%s): codes are packed anew", folder, error)
+        log.warning("'%s' is damaged (%s): it is packed anew", folder, error)
         return None
-    for path, stamp in codes.sources.items():
-        if _stamp(path) not in (stamp, None):  # what is gone contradicts nothing
-            log.info("'%s' has changed: codes are packed anew", path)
+    for path, stamp in found.sources.items():
+        if stamp_of(path) not in (stamp, None):  # what is gone contradicts nothing
+            log.info("'%s' has changed: what is packed of it is made anew", path)
             return None
-    return codes
+    return found
 
 
-def _stamp(path: str) -> list[int] | None:
+def stamp_of(path: str) -> list[int] | None:
     """What changes when a file or the list of a folder's files does; None: there is none."""
     try:
         status = os.stat(path)
@@ -236,16 +296,26 @@ def _alone(folder: Path) -> Iterator[bool]:
         yield alone
 
 
-def _build(manifest: Path, folder: Path, num_quantizers: int, codebook_size: int) -> None:
-    """Write a pack: under another name, then renamed."""
-    limit = min(codebook_size, LARGEST_CODEBOOK)
-    ends, durations, id_ends, ids = array("q"), array("d"), array("q"), bytearray()
-    sources: set[str] = set()
-    watched: list[str] = []
-    stride, frames = 1, 0
+@contextlib.contextmanager
+def unfinished_pack(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which gets the name `folder` when all has gone well."""
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as name:
         unfinished = Path(name) / folder.name  # with the usual permissions, which the one around it has not
         unfinished.mkdir()
+        yield unfinished
+        if folder.exists():  # damaged, or of other files
+            os.rename(folder, Path(name) / "old")
+        os.rename(unfinished, folder)
+
+
+def _build(manifest: Path, folder: Path, num_quantizers: int, codebook_size: int) -> None:
+    """Write a pack: under another name, then renamed."""
+    limit = min(codebook_size, LARGEST_CODEBOOK)
+    ends, durations, marks, id_ends, ids = array("q"), array("d"), array("d"), array("q"), bytearray()
+    sources: set[str] = set()
+    watched: list[str] = []
+    stride, frames = 1, 0
+    with unfinished_pack(folder) as unfinished:
         cuts = progress(stream_manifest(manifest), desc=f"packing {manifest.name}", unit="cut")
         with open(unfinished / "codes.u16", "wb") as file, cuts:
             for number, cut in enumerate(cuts):
@@ -255,6 +325,7 @@ def _build(manifest: Path, folder: Path, num_quantizers: int, codebook_size: int
                 ids += cut.id.encode()
                 ends.append(frames)
                 durations.append(cut.duration)
+                marks.append(prompt_mark(cut))
                 id_ends.append(len(ids))
                 path = _code_file(cut)
                 sources.add(os.path.dirname(path))
@@ -262,15 +333,18 @@ def _build(manifest: Path, folder: Path, num_quantizers: int, codebook_size: int
                     watched.append(path)
                     if len(watched) == 2 * WATCHED_FILES:
                         watched, stride = watched[::2], 2 * stride
+        if not ends:
+            raise UserError(f"'{manifest}' holds no cut; run prepare.sh --stage 3, with more recordings")
         parts = {
             "ends": ends,
             "durations": durations,
+            "prompt_durations": marks,
             "id_ends": id_ends,
             "ids": np.frombuffer(ids, np.uint8),
         }
         for part, values in parts.items():
             np.save(unfinished / f"{part}.npy", np.asarray(values))
-        stamps = {path: _stamp(path) for path in sorted({*sources, *watched} - {""})}
+        stamps = {path: stamp_of(path) for path in sorted({*sources, *watched} - {""})}
         info = {
             "format": FORMAT,
             "manifest": str(manifest.resolve()),
@@ -280,9 +354,6 @@ def _build(manifest: Path, folder: Path, num_quantizers: int, codebook_size: int
             "sources": {path: stamp for path, stamp in stamps.items() if stamp is not None},
         }
         (unfinished / "pack.json").write_text(json.dumps(info, indent=1) + "\n")
-        if folder.exists():  # damaged, or of other code files
-            os.rename(folder, Path(name) / "old")
-        os.rename(unfinished, folder)
     log.info(
         "packed the codes of %d cuts (%.0f MB) in '%s'", len(ends), frames * num_quantizers * 2e-6, folder
     )
@@ -299,8 +370,8 @@ def _code_file(cut: Cut) -> str:
 
 def _remove_stale(folder: Path, name: str, pack: str) -> None:
     """Delete packs of the manifest as it was, and what builds that were killed have left."""
-    digest = pack.rsplit("-", 2)[1]
+    digest = pack.removeprefix(f"{name}-")[:12]
     for other in folder.iterdir():
-        match = re.fullmatch(re.escape(name) + r"-([0-9a-f]{12})-\d+x\d+", other.name)
+        match = re.fullmatch(re.escape(name) + r"-([0-9a-f]{12})-(?:\d+x\d+|text-[0-9a-f]+)", other.name)
         if other.name.startswith(UNFINISHED) or (match and match[1] != digest):
             shutil.rmtree(other, ignore_errors=True)

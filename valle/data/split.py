@@ -1,12 +1,26 @@
-"""Prompt and target: where each recording is split. Per row, so no row depends on its neighbours."""
+"""Prompt and target: where each recording is split. Per row, so no row depends on its neighbours.
 
+How long a prompt is, is decided in one of four ways (`PromptRule`): a share of the recording, a share drawn anew for
+each row and epoch, so many seconds, or what each cut itself says. A row may fill a gap instead (`draw_split`).
+"""
+
+import dataclasses
 import hashlib
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from valle.config import DataConfig, chosen_by_user
+from valle.data.packed import CUT_MARK
 from valle.utils.errors import UserError
+
+DEFAULT_RATIO = 0.4  # of checkpoints that do not say theirs
+# What decides about the prompt in place of --prompt-ratio; no two of them together.
+MODES: dict[str, Any] = {"prompt_ratio_range": None, "prompt_seconds": None, "prompt_from_cut": False}
 
 
 class PromptTarget(NamedTuple):
@@ -104,9 +118,123 @@ def prompt_length(num_frames: int, ratio: float) -> int:
     return min(max(1, int(num_frames * ratio)), num_frames - 1)
 
 
+@dataclass(frozen=True)
+class PromptRule:
+    """How many frames of a recording are its prompt.
+
+    Attributes:
+        ratio: share of the recording, where nothing else is said.
+        ratio_range: the share is drawn between the two instead, for each cut and epoch.
+        seconds: so long instead.
+        from_cut: as long as the cut's own mark says instead.
+        frame_rate: of the codes in Hz; seconds and marks need it.
+    """
+
+    ratio: float = DEFAULT_RATIO
+    ratio_range: tuple[float, float] | None = None
+    seconds: float | None = None
+    from_cut: bool = False
+    frame_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UserError(f"--prompt-ratio is {self.ratio}, expected more than 0 and less than 1")
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise UserError(f"--prompt-seconds is {self.seconds:g}, expected more than 0")
+        if self.in_seconds and not self.frame_rate:
+            raise UserError(
+                f"{'--prompt-from-cut' if self.from_cut else '--prompt-seconds'} needs the codec's frame rate, which "
+                "codec.json in --manifest-dir would tell; run prepare.sh --stage 2 again, or use --prompt-ratio"
+            )
+
+    @property
+    def in_seconds(self) -> bool:
+        """Whether a prompt's length is given in seconds."""
+        return self.from_cut or self.seconds is not None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], frame_rate: float | None, fixed: bool = False) -> "PromptRule":
+        """The rule of a `DataConfig` as a dict, or of a checkpoint's, which may be older than a field.
+
+        Args:
+            settings: its fields.
+            frame_rate: of the codes, in Hz.
+            fixed: as validation splits: nothing is drawn.
+        """
+        given = settings.get("prompt_ratio_range")
+        return cls(
+            float(settings.get("prompt_ratio", DEFAULT_RATIO)),
+            None if fixed else parse_ratio_range(given),
+            settings.get("prompt_seconds"),
+            bool(settings.get("prompt_from_cut", False)),
+            frame_rate,
+        )
+
+    def describe(self) -> str:
+        """How long a prompt is, as one says it: `40% of it`, `3 s`, `as long as each cut says`."""
+        if self.from_cut:
+            return "as long as each cut says"
+        return f"{self.seconds:g} s" if self.seconds is not None else f"{self.ratio:.0%} of it"
+
+    def frames(
+        self, num_frames: int, cut_id: str, mark: float | None = None, epoch: int = 0, seed: int = 0
+    ) -> int:
+        """Frames of the prompt of one recording; depends on nothing but the arguments.
+
+        Args:
+            num_frames: of the recording, 2 or more.
+            cut_id: its name.
+            mark: what the cut itself says, in seconds; None or NaN where it says nothing.
+            epoch: number of the epoch.
+            seed: of the training.
+
+        Raises:
+            UserError: the cut is too short for the prompt asked for, or has no mark.
+        """
+        if self.frame_rate is None or not self.in_seconds:
+            ratio = self.ratio
+            if self.ratio_range is not None:
+                ratio = drawn_ratio(*self.ratio_range, cut_id, epoch, seed)
+            return prompt_length(num_frames, ratio)
+        seconds = mark if self.from_cut else self.seconds
+        if seconds is None or math.isnan(seconds):
+            raise UserError(
+                f"cut '{cut_id}' has no custom field '{CUT_MARK}', but --prompt-from-cut true expects the seconds of "
+                "the prompt there in every cut; write it in stage 1, or use --prompt-seconds"
+            )
+        frames = round(seconds * self.frame_rate)
+        if not 1 <= frames < num_frames:
+            said = f"its '{CUT_MARK}'" if self.from_cut else "--prompt-seconds"
+            advice = "correct it in stage 1" if self.from_cut else "raise --filter-min-duration"
+            raise UserError(
+                f"cut '{cut_id}': {said} is {seconds:g} s, {frames} frames, but it has {num_frames}, and prompt and "
+                f"target need 1 or more each; {advice}"
+            )
+        return frames
+
+
+def settle_prompt(config: DataConfig) -> DataConfig:
+    """The configuration with one way to decide about the prompt.
+
+    What the user has set wins over what the recipe's own YAML says.
+
+    Raises:
+        UserError: two that contradict each other.
+    """
+    active = [name for name, off in MODES.items() if getattr(config, name) not in (off, None)]
+    chosen = [name for name in active if name in chosen_by_user(config)]
+    left = chosen or active
+    if left and left[0] != "prompt_ratio_range" and "prompt_ratio" in chosen_by_user(config):
+        left = ["prompt_ratio", *left]
+    if len(left) > 1:
+        one, other = (f"--{name.replace('_', '-')}" for name in left[:2])
+        raise UserError(f"{one} and {other} both say how long prompts are; leave one of them out")
+    return dataclasses.replace(config, **{name: off for name, off in MODES.items() if name not in left})
+
+
 def draw_split(
     num_frames: int,
-    ratio: float,
+    prompt: int,
     infill_prob: float,
     drop_prompt_prob: float,
     cut_id: str,
@@ -123,13 +251,12 @@ def draw_split(
 
     Args:
         num_frames: of the recording, 2 or more.
-        ratio: part of it that is the prompt.
+        prompt: frames of the prompt that is continued.
     """
 
     def drawn(what: str) -> float:
-        return _uniform(f"{what} {seed} {epoch} {cut_id}")
+        return uniform(f"{what} {seed} {epoch} {cut_id}")
 
-    prompt = prompt_length(num_frames, ratio)
     if num_frames >= 3 and drawn("infill") < infill_prob:
         length = min(num_frames - prompt, num_frames - 2)
         return RowSplit(0, 1 + int(drawn("place") * (num_frames - 1 - length)), length)
@@ -140,10 +267,10 @@ def draw_split(
 
 def drawn_ratio(low: float, high: float, cut_id: str, epoch: int, seed: int) -> float:
     """A ratio between `low` and `high` that depends on cut, epoch and seed alone, not on the batch."""
-    return low + (high - low) * _uniform(f"{seed} {epoch} {cut_id}")
+    return low + (high - low) * uniform(f"{seed} {epoch} {cut_id}")
 
 
-def _uniform(key: str) -> float:
+def uniform(key: str) -> float:
     """A number from 0 to (not including) 1 drawn by a text."""
     return int.from_bytes(hashlib.sha1(key.encode()).digest()[:6], "big") / 2**48
 

@@ -1,79 +1,175 @@
-"""What is in a folder of cuts, and whether it may be trained on: stage 4 of every recipe."""
+"""What is in manifests of cuts: hours, durations, speakers, use of the codes. Stage 4 of every recipe prints it.
 
+Manifests are read cut by cut, and codes of a bounded, seeded sample alone, so that memory does not grow with a corpus.
+"""
+
+import hashlib
+import heapq
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lhotse.cut import Cut
 
-from valle.data.dataset import load_codes, read_codec_info
-from valle.data.manifests import SPLITS, normalize_text, read_manifest
+from valle.data.checks import has_codes
+from valle.data.manifests import stream_manifest
+from valle.data.packed import load_codes
 from valle.utils.errors import UserError
+from valle.utils.progress import progress
 
 PERCENTILES = (0, 10, 50, 90, 100)
-PREFIXES = ("cuts", "utterances")
-
-
-def read_split_cuts(folder: Path) -> dict[str, list[Cut]]:
-    """The split manifests of a folder by name, e.g. "cuts_train"; utterances only where there are any.
-
-    Raises:
-        UserError: the folder or one of its cuts_<split>.jsonl.gz is missing.
-    """
-    if not folder.is_dir():
-        raise UserError(f"manifest folder '{folder}' does not exist; run prepare.sh --stage 0")
-    paths = {
-        f"{prefix}_{split}": folder / f"{prefix}_{split}.jsonl.gz" for prefix in PREFIXES for split in SPLITS
-    }
-    return {
-        name: list(read_manifest(path)) for name, path in paths.items() if path.is_file() or "cuts" in name
-    }
-
-
-def has_codes(cut: Cut) -> bool:
-    """Whether a cut carries codec tokens."""
-    return "audio_features" in (cut.custom or {}) or getattr(cut, "features", None) is not None
+PERFORMERS = ("speaker", "performer", "pianist", "artist")  # custom fields that say who is heard
 
 
 def speaker_of(cut: Cut) -> str:
-    """The first supervision's speaker, or "-"."""
+    """Who is heard: the first supervision's speaker, else what a custom field says (a pianist), or "-"."""
     speakers = [supervision.speaker for supervision in cut.supervisions if supervision.speaker]
-    return speakers[0] if speakers else "-"
+    custom = cut.custom or {}
+    return str(next(iter([*speakers, *(custom[name] for name in PERFORMERS if custom.get(name))]), "-"))
 
 
-def duration_table(manifests: Mapping[str, Sequence[Cut]]) -> str:
-    """Count, hours and duration percentiles of every manifest and of each of its speakers."""
-    rows = [["manifest", "speaker", "cuts", "hours", *(f"p{percentile}" for percentile in PERCENTILES)]]
-    for name, cuts in manifests.items():
-        by_speaker: dict[str, list[float]] = defaultdict(list)
+class CutSample:
+    """A sample of so many cuts that depends on their ids and the seed alone, not on their order.
+
+    Args:
+        size: cuts to keep, of all that are offered.
+        seed: of the draw.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self._heap: list[tuple[int, str, Cut]] = []  # the first is the one to give up next
+        self._offered = 0
+
+    def offer(self, cut: Cut) -> None:
+        """Look at one cut."""
+        self._offered += 1
+        place = int.from_bytes(hashlib.sha1(f"{self.seed} {cut.id}".encode()).digest()[:8], "big")
+        # The number decides between cuts of one id, which a heap could not compare.
+        entry = (-place, f"{cut.id} {self._offered}", cut)
+        if len(self._heap) < self.size:
+            heapq.heappush(self._heap, entry)
+        elif self.size and entry[:2] > self._heap[0][:2]:
+            heapq.heapreplace(self._heap, entry)
+
+    def cuts(self) -> list[Cut]:
+        """What was drawn, in an order of its own: the first n are a sample of n."""
+        return [cut for *_, cut in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+@dataclass
+class ManifestStatistics:
+    """What one manifest holds.
+
+    Attributes:
+        durations: seconds of every cut, by speaker.
+        with_codes: number of cuts that carry codes.
+        sample: some of these.
+    """
+
+    durations: dict[str, array] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    with_codes: int = 0
+    sample: list[Cut] = field(default_factory=list)
+
+
+def measure_manifest(path: Path, sample_size: int, seed: int) -> ManifestStatistics:
+    """Read a manifest once.
+
+    Args:
+        path: of the manifest.
+        sample_size: cuts with codes to keep.
+        seed: of the sample.
+
+    Raises:
+        UserError: no such file, it is no manifest, or it is empty.
+    """
+    statistics, sample = ManifestStatistics(), CutSample(sample_size, seed)
+    with progress(stream_manifest(path), desc=f"reading {path.name}", unit="cut") as cuts:
         for cut in cuts:
-            by_speaker[speaker_of(cut)].append(cut.duration)
-        everyone = {"all": [cut.duration for cut in cuts]}
-        for speaker, durations in [*everyone.items(), *sorted(by_speaker.items())]:
-            percentiles = [f"{value:.2f}" for value in np.percentile(durations, PERCENTILES)]
-            rows.append([name, speaker, str(len(durations)), f"{sum(durations) / 3600:.3f}", *percentiles])
+            statistics.durations[speaker_of(cut)].append(cut.duration)
+            if has_codes(cut):
+                statistics.with_codes += 1
+                sample.offer(cut)
+    if not statistics.durations:
+        raise UserError(f"'{path}' holds no cut; run prepare.sh --stage 3, with more recordings")
+    statistics.sample = sample.cuts()
+    return statistics
+
+
+def duration_table(manifests: Mapping[str, ManifestStatistics], max_speakers: int = 20) -> str:
+    """Cuts, hours and duration percentiles of every manifest and of its speakers, most hours first.
+
+    Args:
+        manifests: by name.
+        max_speakers: rows a manifest; the speakers behind them share one.
+    """
+    rows = [["manifest", "speaker", "cuts", "hours", *(f"p{percentile}" for percentile in PERCENTILES)]]
+    for name, statistics in manifests.items():
+        by_speaker = {speaker: np.frombuffer(times) for speaker, times in statistics.durations.items()}
+        ordered = sorted(by_speaker, key=lambda speaker: (-by_speaker[speaker].sum(), speaker))
+        shown, rest = ordered[:max_speakers], ordered[max_speakers:]
+        rows.append(_duration_row(name, f"all {len(ordered)}", by_speaker.values()))
+        rows += [_duration_row(name, speaker, [by_speaker[speaker]]) for speaker in shown]
+        if rest:
+            rows.append(_duration_row(name, f"{len(rest)} more", [by_speaker[speaker] for speaker in rest]))
     return "durations in seconds: shortest (p0), percentiles, longest (p100)\n" + format_table(rows)
 
 
-def codebook_table(manifests: Mapping[str, Sequence[Cut]], codebook_size: int | None) -> str:
-    """Codes used and unigram entropy of each quantizer, per manifest. "" when no cut carries codes."""
-    rows = [["manifest", "quantizer", "frames", "codes used", "entropy (nats)"]]
-    for name, cuts in manifests.items():
-        counts: list[np.ndarray] = []
-        for cut in cuts:
-            if not has_codes(cut):
-                continue
-            codes = load_codes(cut)  # (T, Q)
-            while len(counts) < codes.shape[1]:
-                counts.append(np.zeros(codebook_size or 0, dtype=np.int64))
-            for index in range(codes.shape[1]):
-                column = np.bincount(codes[:, index], minlength=len(counts[index]))
-                counts[index] = np.pad(counts[index], (0, len(column) - len(counts[index]))) + column
-        for index, count in enumerate(counts):
-            used = f"{np.count_nonzero(count)}" + (f"/{codebook_size}" if codebook_size else "")
-            rows.append([name, str(index), str(count.sum()), used, f"{entropy(count):.2f}"])
+def _duration_row(name: str, speaker: str, durations: Iterable[np.ndarray]) -> list[str]:
+    joined = np.concatenate(list(durations))
+    percentiles = [f"{value:.2f}" for value in np.percentile(joined, PERCENTILES)]
+    return [name, speaker, str(len(joined)), f"{joined.sum() / 3600:.3f}", *percentiles]
+
+
+class CodeCounts:
+    """How often each code occurs, by quantizer.
+
+    Args:
+        codebook_size: V; None: whatever occurs.
+
+    Attributes:
+        frames: counted so far.
+        counts: Q arrays (V,) int64.
+    """
+
+    def __init__(self, codebook_size: int | None) -> None:
+        self.codebook_size = codebook_size
+        self.frames = 0
+        self.counts: list[np.ndarray] = []
+
+    def add(self, codes: np.ndarray) -> None:
+        """Count the codes of one cut, (T, Q)."""
+        self.frames += len(codes)
+        while len(self.counts) < codes.shape[1]:
+            self.counts.append(np.zeros(self.codebook_size or 0, dtype=np.int64))
+        for index in range(codes.shape[1]):
+            column = np.bincount(codes[:, index], minlength=len(self.counts[index]))
+            self.counts[index] = np.pad(self.counts[index], (0, len(column) - len(self.counts[index])))
+            self.counts[index] += column
+
+    def used(self) -> list[int]:
+        """Codes that occur, by quantizer."""
+        return [int(np.count_nonzero(counts)) for counts in self.counts]
+
+    def entropies(self) -> list[float]:
+        """Unigram entropy in nats, by quantizer; its exponential is the perplexity."""
+        return [entropy(counts) for counts in self.counts]
+
+
+def codebook_table(manifests: Mapping[str, ManifestStatistics], codebook_size: int | None) -> str:
+    """Codes used and unigram entropy of each quantizer over the sampled cuts. "" when no cut carries codes."""
+    rows = [["manifest", "quantizer", "cuts", "frames", "codes used", "entropy (nats)"]]
+    for name, statistics in manifests.items():
+        counts = CodeCounts(codebook_size)
+        for cut in statistics.sample:
+            counts.add(load_codes(cut))
+        size = f"/{codebook_size}" if codebook_size else ""
+        cuts = f"{len(statistics.sample)}/{statistics.with_codes}"
+        for index, (used, nats) in enumerate(zip(counts.used(), counts.entropies(), strict=True)):
+            rows.append([name, str(index), cuts, str(counts.frames), f"{used}{size}", f"{nats:.2f}"])
     return format_table(rows) if len(rows) > 1 else ""
 
 
@@ -93,101 +189,3 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(pad(cell, w) for pad, cell, w in zip(pads, row, widths, strict=False)) for row in rows
     )
-
-
-def check_manifests(folder: Path) -> None:
-    """Stage 4: nothing is in two splits, and all codes are what codec.json says.
-
-    Raises:
-        UserError: the first fault found.
-    """
-    manifests = read_split_cuts(folder)
-    check_disjoint(manifests)
-    info = read_codec_info(folder)
-    if info is None:
-        raise UserError(f"'{folder}/codec.json' does not exist; run prepare.sh --stage 2")
-    for cuts in manifests.values():
-        for cut in cuts:
-            check_codes(cut, info)
-
-
-def check_disjoint(manifests: Mapping[str, Sequence[Cut]]) -> None:
-    """No cut, stretch of a recording, joined clip or sentence is in two splits.
-
-    Raises:
-        UserError: one is.
-    """
-    keys: dict[str, tuple[str, str]] = {}
-    spans: dict[str, list[tuple[float, float, str, str]]] = defaultdict(list)
-    for name, cuts in manifests.items():
-        split = name.rsplit("_", 1)[1]
-        for cut in cuts:
-            for key in _keys(cut):
-                other, other_id = keys.setdefault(key, (split, cut.id))
-                if other != split:
-                    raise _overlap(cut.id, split, other_id, other, key)
-            for source, start, end in _spans(cut):
-                spans[source].append((start, end, split, cut.id))
-    for source, stretches in spans.items():
-        stretches.sort()
-        reach: dict[str, tuple[float, str]] = {}  # split -> furthest end so far, and whose it is
-        for start, end, split, cut_id in stretches:
-            for other, (other_end, other_id) in reach.items():
-                if other != split and other_end > start + 1e-6:
-                    raise _overlap(cut_id, split, other_id, other, f"recording '{source}' at {start:.2f} s")
-            reach[split] = max(reach.get(split, (-1.0, "")), (end, cut_id))
-
-
-def _overlap(cut_id: str, split: str, other_id: str, other: str, what: str) -> UserError:
-    return UserError(
-        f"splits overlap: cut '{cut_id}' of {split} and cut '{other_id}' of {other} share {what};"
-        " run prepare.sh --stage 1 again"
-    )
-
-
-def _keys(cut: Cut) -> Iterator[str]:
-    yield f"id '{cut.id}'"
-    if (cut.custom or {}).get("kind") == "utterance":
-        for supervision in cut.supervisions:
-            sentence = normalize_text(supervision.text or "")
-            if sentence:
-                yield f"sentence '{sentence}' ({supervision.language})"
-
-
-def _spans(cut: Cut) -> Iterable[tuple[str, float, float]]:
-    """Stretches of source recordings, in seconds, that a cut was made from."""
-    custom = cut.custom or {}
-    if "clips" in custom:
-        yield from ((clip, 0.0, float("inf")) for clip in custom["clips"])
-    elif "source" in custom:
-        start = float(custom.get("source_start", 0.0)) + cut.start
-        yield custom["source"], start, start + cut.duration
-    else:
-        members = [track.cut for track in cut.tracks] if hasattr(cut, "tracks") else [cut]
-        for member in members:
-            recording = getattr(member, "recording", None)
-            if recording is not None:
-                yield recording.id, member.start, member.start + member.duration
-
-
-def check_codes(cut: Cut, info: Mapping[str, Any]) -> None:
-    """A cut's codes have the codec's quantizers and range, and as many frames as its duration asks for, ±1.
-
-    Raises:
-        UserError: they do not.
-    """
-    if not has_codes(cut):
-        raise UserError(f"cut '{cut.id}' has no codes; run prepare.sh --stage 2")
-    again = "run prepare.sh --stage 2 again"
-    codes = load_codes(cut, codebook_size=info["codebook_size"])  # (T, Q)
-    if codes.shape[1] != info["num_quantizers"]:
-        raise UserError(
-            f"cut '{cut.id}': {codes.shape[1]} quantizers, but codec '{info['name']}' has {info['num_quantizers']};"
-            f" {again}"
-        )
-    expected = cut.duration * info["frame_rate"]
-    if abs(codes.shape[0] - np.ceil(expected - 1e-6)) > 1:
-        raise UserError(
-            f"cut '{cut.id}': {codes.shape[0]} frames, expected {expected:.1f} for {cut.duration:.2f} s"
-            f" at {info['frame_rate']:g} frames/s; {again}"
-        )

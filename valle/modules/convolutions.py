@@ -25,8 +25,9 @@ class ConvNeXtBlock(nn.Module):
         self.contract = nn.Linear(expansion * dim, dim)
         self.scale = nn.Parameter(torch.full((dim,), scale))
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self.depthwise(x.transpose(1, 2)).transpose(1, 2)  # (B, T, D)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        inside = x if mask is None else x * mask
+        branch = self.depthwise(inside.transpose(1, 2)).transpose(1, 2)  # (B, T, D)
         branch = self.contract(nn.functional.gelu(self.expand(self.norm(branch))))
         return x + self.scale * branch
 
@@ -43,8 +44,10 @@ class ConvNeXtStack(nn.Module):
         )
         self.final_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.embed(x.transpose(1, 2)).transpose(1, 2))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Frames of `x` where `mask`, (B, T, 1) of 0 and 1, is 0 lie beyond the row's end; None: none does."""
+        inside = x if mask is None else x * mask
+        x = self.norm(self.embed(inside.transpose(1, 2)).transpose(1, 2))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return self.final_norm(x)
