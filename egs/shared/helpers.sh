@@ -46,9 +46,15 @@ shared_stages() {
       --output-dir "$data_dir/tokenized" --codec "$codec" --device "$device"
   fi
   if in_stage 3 "cuts for train, validation and test"; then
+    if [ -n "${text_extractor:-}" ]; then  # recipes with transcripts
+      "$python" -m valle.bin.text_tokens --manifest-dir "$data_dir/tokenized" \
+        --text-extractor "$text_extractor" --language "$language"
+    fi
     "$python" -m valle.bin.split_manifest --manifest-dir "$data_dir/tokenized"
   fi
-  if in_stage 4 "statistics and checks"; then
+  if in_stage 4 "statistics, checks and codec audit"; then
     "$python" -m valle.bin.display_manifest_statistics --manifest-dir "$data_dir/tokenized" --check true
+    "$python" -m valle.bin.audit_codec --manifest-dir "$data_dir/tokenized" --device "$device" \
+      --audit-cuts "${audit_cuts:-40}"
   fi
 }

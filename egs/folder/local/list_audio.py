@@ -1,60 +1,42 @@
-"""Stage 0: the recordings in a user's folder. There is nothing to download; a folder without any is an error."""
+"""Stage 0: the recordings that a user has. There is nothing to download; where there is none, it is an error."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from entries import list_audio, manifest_entries
+
 from valle.config import option, parse
 from valle.utils.command import run
 from valle.utils.errors import UserError
-
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff")
 
 
 @dataclass
 class ListConfig:
     """Stage 0 of egs/folder"""
 
-    audio_dir: str = option("audio", "folder with recordings, searched with all folders below it")
+    audio_dir: str | None = option(None, "folder with recordings, searched with all folders below it")
+    manifest: str | None = option(
+        None, "CSV or JSON-lines file that names recordings, instead of --audio-dir"
+    )
     data_dir: str = option("data", "folder of the recipe's output; not searched")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line entry."""
-    (config,) = parse("Count the recordings in a folder.", [ListConfig], argv)
+    (config,) = parse("Count the recordings of a folder or a manifest.", [ListConfig], argv)
+    if (config.audio_dir is None) == (config.manifest is None):
+        raise UserError("expected either --audio-dir or --manifest")
+    if config.manifest is not None:
+        entries, skipped = manifest_entries(Path(config.manifest))
+        missing = sum(not entry.path.is_file() for entry in entries)
+        print(f"{len(entries)} rows; {missing} of their files missing, {len(skipped)} rows not usable")
+        return
     paths = list_audio(Path(config.audio_dir), Path(config.data_dir))
-    kinds = Counter(path.suffix.lower() for path in paths)
-    print(
-        f"{len(paths)} recordings: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    )
-
-
-def list_audio(audio_dir: Path, data_dir: Path) -> list[Path]:
-    """Audio files below `audio_dir`, in order, without hidden ones and without the recipe's own output.
-
-    Raises:
-        UserError: no such folder, or no audio file in it.
-    """
-    if not audio_dir.is_dir():
-        raise UserError(f"--audio-dir '{audio_dir}' is not a folder")
-    output = data_dir.resolve()
-    found = []
-    for folder, subfolders, names in os.walk(audio_dir):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".") and (Path(folder) / name).resolve() != output
-        ]
-        found += [
-            Path(folder) / name
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    if not found:
-        raise UserError(f"--audio-dir '{audio_dir}' holds no audio file ({', '.join(SUFFIXES)})")
-    return sorted(found)
+    kinds = Counter(path.suffix.lower() for path in paths if not path.is_dir())
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    print(f"{sum(kinds.values())} recordings: {counts}")
 
 
 if __name__ == "__main__":

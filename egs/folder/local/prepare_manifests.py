@@ -1,23 +1,23 @@
-"""Stage 1: any audio files -> FLAC pieces at the codec's rate, and lhotse manifests with splits.
+"""Stage 1: any audio files -> FLAC at the codec's rate, and lhotse manifests with splits.
 
-Each file leaves a small record beside its pieces (data/audio/<id>.json), so a killed run goes on where it stopped and
-a changed file is converted anew. With three recordings or more, a recording is wholly in one split; one or two are
-split by time, with a gap between the splits.
+Splits are disjoint by speaker where three or more are known; else by recording and sentence. One or two recordings are
+split by time, with a gap between the splits. See entries.py for what is read and convert.py for how.
 """
 
-import hashlib
-import json
+import dataclasses
 import logging
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from convert import Format, Source, converted, piece_path, survey, whole_if_labelled, windows_of, write_piece
+from entries import Entry, Skipped, folder_entries, manifest_entries, midi_problem, skipped_entry
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
-from list_audio import list_audio
 
 from valle.codecs import DEFAULT_CODEC, load_codec
 from valle.config import option, parse
@@ -31,14 +31,11 @@ from valle.data.manifests import (
     make_supervision,
     normalize_text,
     split_of,
-    write_audio,
     write_jsonl,
     write_manifests,
 )
-from valle.utils.audio import convert_audio, load_audio
 from valle.utils.command import run
 from valle.utils.errors import UserError
-from valle.utils.files import write_json
 from valle.utils.log import setup_logger
 from valle.utils.progress import progress
 
@@ -46,217 +43,233 @@ logger = logging.getLogger("valle.egs.folder.manifests")
 
 GAP = 1.0  # seconds left out between two splits of one recording
 TIME_PART = 0.1  # of a recording that is split by time: validation, and test
-MIN_LEVEL = -90.0  # dBFS, RMS over a file; below it there is nothing but dither
 
 
 @dataclass
 class ManifestConfig:
     """Stage 1 of egs/folder"""
 
-    audio_dir: str = option("audio", "folder with recordings, searched with all folders below it")
+    audio_dir: str | None = option(None, "folder with recordings, searched with all folders below it")
+    manifest: str | None = option(
+        None, "CSV or JSON-lines file that names recordings, instead of --audio-dir"
+    )
     data_dir: str = option("data", "folder of the recipe's output")
     codec: str = option(DEFAULT_CODEC, "codec, for its sample rate and channels")
     min_duration: float = option(5.0, "shortest cut, in seconds")
     max_duration: float = option(15.0, "longest cut, in seconds")
-
-
-@dataclass
-class Format:
-    """What every piece is converted to, and how long it may be."""
-
-    sample_rate: int
-    channels: int
-    min_duration: float
-    max_duration: float
-
-
-@dataclass
-class Source:
-    """One readable file."""
-
-    id: str
-    path: Path
-    name: str  # relative to the audio folder
-    num_samples: int  # at the target rate
-    sha1: str
-    text: str | None
-    pieces: list[tuple[range, str]] = field(default_factory=list)  # samples, split
+    num_jobs: int = option(2, "recordings that are converted at the same time")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line entry."""
-    (config,) = parse("Manifests of a folder of recordings.", [ManifestConfig], argv)
+    (config,) = parse("Manifests of your own recordings.", [ManifestConfig], argv)
     setup_logger()
     if not 0 < config.min_duration <= config.max_duration:
         raise UserError(
             f"--min-duration {config.min_duration:g} and --max-duration {config.max_duration:g}:"
             " expected 0 < minimum <= maximum, in seconds"
         )
-    audio_dir, data_dir = Path(config.audio_dir), Path(config.data_dir)
-    paths = list_audio(audio_dir, data_dir)
+    if config.num_jobs < 1:
+        raise UserError(f"--num-jobs is {config.num_jobs}, expected 1 or more")
+    if (config.audio_dir is None) == (config.manifest is None):
+        raise UserError("expected either --audio-dir or --manifest")
+    data_dir = Path(config.data_dir)
+    if config.manifest is not None:
+        entries, skipped = manifest_entries(Path(config.manifest))
+        origin = f"--manifest '{config.manifest}'"
+    else:
+        entries, skipped = folder_entries(Path(config.audio_dir), data_dir), []
+        origin = f"'{config.audio_dir}'"
     codec = load_codec(config.codec)
     target = Format(codec.sample_rate, codec.channels, config.min_duration, config.max_duration)
-    skipped: list[dict[str, str]] = []
-    sources = convert_all(paths, audio_dir, data_dir / "audio", target, skipped)
-    long_enough = [source for source in sources if windows_of(source, target)]
-    by_time = len({split_key(source, target) for source in long_enough}) < len(SPLITS)
-    if by_time:
-        split_by_time(long_enough, target)
-    else:
-        split_by_recording(sources, long_enough, target)
+    try:
+        prepare(entries, skipped, origin, data_dir, target, config.num_jobs)
+    except OSError as error:  # what goes wrong with an input is listed and does not come here
+        raise UserError(f"--data-dir '{data_dir}' cannot be written: {error.strerror or error}") from error
+
+
+def prepare(
+    entries: Sequence[Entry],
+    skipped: list[Skipped],
+    origin: str,
+    data_dir: Path,
+    target: Format,
+    num_jobs: int,
+) -> None:
+    """Convert, split and describe; what cannot be used joins `skipped` and is listed."""
+    output, listed = data_dir / "audio", len(entries) + len(skipped)
+    entries = without_bad_midi(entries, skipped)
+    ids = make_ids(entries)
+    sources = convert_all(entries, ids, output, target, skipped, origin, num_jobs)
+    by_time = assign(sources, target)
     write_jsonl(data_dir / "manifests" / "skipped.jsonl", skipped)
-    recordings, supervisions, cuts = build(sources, data_dir / "audio", target, by_time)
+    recordings, supervisions, cuts = build(sources, output, target, by_time)
     write_manifests(data_dir / "manifests", "folder", recordings, supervisions, cuts)
-    remove_stale(data_dir / "audio", sources, recordings)
+    remove_stale(output, ids, recordings)
     for split in SPLITS:
         durations = [
             cut.duration for cut in cuts if cut.custom["split"] == split and cut.custom["kind"] == "audio"
         ]
         logger.info("%s: %d cuts, %.1f min", split, len(durations), sum(durations) / 60)
-    if skipped:
+    if len(sources) < listed:
         logger.warning(
             "left out %d of %d files; reasons in %s",
-            *(len(skipped), len(paths), data_dir / "manifests" / "skipped.jsonl"),
+            *(listed - len(sources), listed, data_dir / "manifests" / "skipped.jsonl"),
         )
 
 
-def convert_all(
-    paths: Sequence[Path], audio_dir: Path, output: Path, target: Format, skipped: list[dict[str, str]]
-) -> list[Source]:
-    """Read every file once, and write its pieces; what cannot be used goes to `skipped`."""
-    sources: list[Source] = []
-    seen: dict[str, str] = {}
-    for path, source_id in progress(
-        list(zip(paths, make_ids(paths, audio_dir), strict=True)), desc="convert", unit="file"
-    ):
-        name = path.relative_to(audio_dir).as_posix()
-        record = survey(path, name, source_id, output, target)
-        reason = record["reason"]
-        text = read_text(path)
-        if reason is None and record["sha1"] in seen:
-            reason = f"same content as '{seen[record['sha1']]}'"
-        if (
-            reason is None
-            and record["num_samples"] < target.min_duration * target.sample_rate
-            and text is None
-        ):
-            duration = record["num_samples"] / target.sample_rate
-            reason = f"{duration:.2f} s, shorter than --min-duration {target.min_duration:g}"
-        if reason is not None:
-            skipped.append({"path": name, "reason": reason})
-            continue
-        seen[record["sha1"]] = name
-        sources.append(Source(source_id, path, name, record["num_samples"], record["sha1"], text))
-    if not sources:
-        raise UserError(
-            f"none of the {len(paths)} files in '{audio_dir}' can be used; the first: '{skipped[0]['path']}':"
-            f" {skipped[0]['reason']}"
-        )
-    return sources
+def without_bad_midi(entries: Sequence[Entry], skipped: list[Skipped]) -> list[Entry]:
+    """The entries, those with unusable MIDI without it: the sound is still good."""
+    checked = []
+    for entry in entries:
+        problem = None if entry.midi is None else midi_problem(entry.midi)
+        if problem is not None:
+            reason = f"MIDI '{entry.midi}' {problem}; the recording is used without it"
+            skipped.append(skipped_entry(entry, reason))
+            logger.warning("%s: %s", entry.name, reason)
+            entry = dataclasses.replace(entry, midi=None)
+        checked.append(entry)
+    return checked
 
 
-def make_ids(paths: Sequence[Path], audio_dir: Path) -> list[str]:
-    """An identifier for each file: its relative path; where two would be equal, with its suffix and a number."""
-    ids: list[str] = []
-    for path in paths:
-        relative = path.relative_to(audio_dir)
-        candidate = file_id(relative.with_suffix("").as_posix())
+def make_ids(entries: Sequence[Entry]) -> list[str]:
+    """An identifier for each entry: its name, and start; where two would be equal, its suffix and a number."""
+    ids: dict[str, None] = {}
+    for entry in entries:
+        stretch = f"-{round(1000 * entry.start)}ms" if entry.start else ""
+        stem = entry.name[: len(entry.name) - len(entry.path.suffix)]
+        candidate = file_id(stem + stretch)
         if candidate in ids:
-            candidate = file_id(relative.as_posix())
+            candidate = file_id(entry.name + stretch)
         number = 2
         unnumbered = candidate
         while candidate in ids:
             candidate = f"{unnumbered}-{number}"
             number += 1
-        ids.append(candidate)
-    return ids
+        ids[candidate] = None
+    return list(ids)
 
 
-def survey(path: Path, name: str, source_id: str, output: Path, target: Format) -> dict[str, Any]:
-    """A file's record: num_samples at the target rate and sha1 of its bytes, or the reason why it cannot be used.
+def convert_all(
+    entries: Sequence[Entry],
+    ids: Sequence[str],
+    output: Path,
+    target: Format,
+    skipped: list[Skipped],
+    origin: str,
+    num_jobs: int,
+) -> list[Source]:
+    """Read every file once, and write its pieces; what cannot be used goes to `skipped`."""
+    sources: list[Source] = []
+    seen: dict[str, str] = {}
+    records = progress(
+        survey_all(entries, ids, output, target, num_jobs), desc="convert", unit="file", total=len(entries)
+    )
+    for entry, source_id, record in zip(entries, ids, records, strict=True):
+        reason = record["reason"]
+        if reason is None and record["content"] in seen:
+            reason = f"same content as '{seen[record['content']]}'"
+        if reason is None:
+            source = Source(source_id, entry, record["num_samples"], record["content"])
+            if not windows_of(source, target) and not whole_if_labelled(source):
+                duration = source.num_samples / target.sample_rate
+                reason = f"{duration:.2f} s, shorter than --min-duration {target.min_duration:g}"
+        if reason is not None:
+            skipped.append(skipped_entry(entry, reason))
+            continue
+        seen[record["content"]] = entry.name
+        sources.append(source)
+    if not sources:
+        raise UserError(
+            f"none of the {len(entries)} files in {origin} can be used; the first: '{skipped[0]['path']}':"
+            f" {skipped[0]['reason']}"
+        )
+    return sources
 
-    Reads the file only when there is no record of it as it is now; then writes its pieces, too.
-    """
-    record_path = output / f"{source_id}.json"
+
+def survey_all(
+    entries: Sequence[Entry], ids: Sequence[str], output: Path, target: Format, num_jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The records in order, however many are made at once. Decoding, resampling and FLAC leave Python's lock."""
+    executor = ThreadPoolExecutor(num_jobs)
     try:
-        status = path.stat()
-    except OSError as error:  # a link that leads nowhere
-        return {"reason": f"cannot be read ({error.strerror})"}
-    now = {"source": name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "format": vars(target)}
-    try:
-        record = json.loads(record_path.read_text())
-        if all(record[key] == value for key, value in now.items()):
-            return record
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    record_path.unlink(missing_ok=True)
-    shutil.rmtree(output / source_id, ignore_errors=True)
-    try:
-        wav = read_source(path, target)
-    except UserError as error:
-        record = {**now, "reason": str(error)}
-    else:
-        source = Source(source_id, path, name, wav.shape[1], "", None)
-        for window in windows_of(source, target):
-            write_piece(source, window, wav, output, target, by_time=False)
-        record = {**now, "reason": None, "num_samples": wav.shape[1], "sha1": file_sha1(path)}
-    write_json(record_path, record)
-    return record
-
-
-def read_source(path: Path, target: Format) -> np.ndarray:
-    """(C, N) at the target rate; UserError when there is nothing to use."""
-    wav, sample_rate = load_audio(path)
-    wav = convert_audio(wav, sample_rate, target.sample_rate, target.channels)
-    level = 20 * np.log10(np.sqrt(np.mean(np.square(wav, dtype=np.float64))) + 1e-12) if wav.size else -np.inf
-    if level < MIN_LEVEL:
-        raise UserError("silent")
-    return wav
-
-
-def read_text(path: Path) -> str | None:
-    """The transcript in the text file of the same name, or None."""
-    try:
-        text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        return None
-    return " ".join(text.split()) or None
-
-
-def file_sha1(path: Path) -> str:
-    """Digest of a file's bytes."""
-    digest = hashlib.sha1()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def windows_of(source: Source, target: Format) -> list[range]:
-    """The pieces of a whole recording."""
-    limits = (target.min_duration, target.max_duration)
-    return cut_windows(source.num_samples, target.sample_rate, *limits, key=source.id)
+        yield from executor.map(lambda entry, name: survey(entry, name, output, target), entries, ids)
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def single(source: Source, target: Format) -> bool:
     """Whether the recording is one clip, with its transcript, of at most the longest duration."""
-    return source.text is not None and source.num_samples <= target.max_duration * target.sample_rate
+    short = source.num_samples <= target.max_duration * target.sample_rate
+    return source.entry.text is not None and short
 
 
-def split_key(source: Source, target: Format) -> str:
-    """What decides on the split: the sentence, where it is known, so that equal ones fall together; else the file."""
-    sentence = normalize_text(source.text or "") if single(source, target) else ""
-    return f"text {sentence}" if sentence else f"file {source.name}"
+def sentence_of(source: Source, target: Format) -> str:
+    """What is said, where that is known and the clip is used with it; else ""."""
+    return normalize_text(source.entry.text or "") if single(source, target) else ""
 
 
-def split_by_recording(sources: Sequence[Source], long_enough: Sequence[Source], target: Format) -> None:
-    """Every piece of a recording in one split; no split without a recording that is long enough."""
-    splits = assign_splits([split_key(source, target) for source in long_enough])
+def grouping(sources: Sequence[Source], target: Format) -> Callable[[Source], str] | None:
+    """What falls together in one split: the first that gives three groups or more of the recordings.
+
+    A speaker's recordings; equal sentences and the stretches of a file; each stretch of its own.
+
+    Returns:
+        A source's group, or None: one or two recordings that are no stretches.
+    """
+    stretches = Counter(source.entry.name for source in sources)
+
+    def by_file(source: Source) -> str:
+        return f"file {source.entry.name}"
+
+    def by_speaker(source: Source) -> str:
+        return f"speaker {source.entry.speaker}" if source.entry.speaker else by_file(source)
+
+    def by_content(source: Source) -> str:
+        sentence = sentence_of(source, target) if stretches[source.entry.name] == 1 else ""
+        return f"text {sentence}" if sentence else by_file(source)
+
+    def by_stretch(source: Source) -> str:
+        return f"{by_file(source)} from {source.entry.start:g} s on"
+
+    long_enough = [source for source in sources if windows_of(source, target)]
+    speakers = {source.entry.speaker for source in long_enough if source.entry.speaker}
+    choices = [by_speaker] if len(speakers) >= len(SPLITS) else []
+    for choice in [*choices, by_content, by_stretch]:
+        if len({choice(source) for source in long_enough}) >= len(SPLITS):
+            if choice is not by_stretch or len(stretches) < len(sources):
+                return choice
+    return by_content if any(source.entry.split for source in sources) else None
+
+
+def assign(sources: Sequence[Source], target: Format) -> bool:
+    """Give every source its pieces, each in a split.
+
+    Where nothing can be grouped, train, validation and test follow each other within the recordings.
+
+    Returns:
+        Whether it was split by time.
+    """
+    group_of = grouping(sources, target)
+    long_enough = [source for source in sources if windows_of(source, target)]
+    if group_of is None:
+        split_by_time(long_enough, target)
+        return True
+    # Rows that say their split decide on it, and on that of what falls together with them.
+    given = {group_of(source): source.entry.split for source in sources if source.entry.split}
+    assigned = {} if given else assign_splits([group_of(source) for source in long_enough])
     for source in sources:
-        key = split_key(source, target)
-        split = splits.setdefault(key, split_of(key))
-        whole = [range(source.num_samples)] if single(source, target) else []
-        source.pieces = [(window, split) for window in windows_of(source, target) or whole]
+        group = group_of(source)
+        split = source.entry.split or given.get(group) or assigned.get(group) or split_of(group)
+        pieces = windows_of(source, target) or whole_if_labelled(source)
+        source.pieces = [(window, split) for window in pieces]
+    for split in SPLITS:
+        if not any(split in splits_of(source) for source in long_enough):
+            raise UserError(
+                f"the manifest's column split leaves no recording of at least {target.min_duration:g} s for {split};"
+                " name some, or leave the column out"
+            )
+    return False
 
 
 def split_by_time(sources: Sequence[Source], target: Format) -> None:
@@ -279,69 +292,104 @@ def split_by_time(sources: Sequence[Source], target: Format) -> None:
         longest = max((source.num_samples / rate for source in sources), default=0.0)
         raise UserError(
             f"{len(sources)} usable recordings, the longest of {longest:.1f} s: too little for a train, validation and"
-            f" test split; expected 3 recordings of at least {target.min_duration:g} s, or one of at least"
-            f" {3 * target.min_duration + 2 * GAP:g} s"
+            f" test split; expected 3 recordings of at least {target.min_duration:g} s (--min-duration), or one of at"
+            f" least {3 * target.min_duration + 2 * GAP:g} s"
         )
     logger.info("%d recordings: split by time, with %.0f s left out between the splits", len(sources), GAP)
-
-
-def piece_path(source: Source, window: range, output: Path, by_time: bool) -> Path:
-    """Where a piece lies. Its name tells its place: first sample and length."""
-    mark = "t" if by_time else ""
-    return output / source.id / f"{source.id}-{mark}{window.start}-{len(window)}.flac"
-
-
-def write_piece(
-    source: Source, window: range, wav: np.ndarray, output: Path, target: Format, by_time: bool
-) -> None:
-    """Write samples `window` of a recording (C, N)."""
-    path = piece_path(source, window, output, by_time)
-    write_audio(path, wav[:, window.start : window.stop], target.sample_rate)
 
 
 def build(
     sources: Sequence[Source], output: Path, target: Format, by_time: bool
 ) -> tuple[list[Recording], list[SupervisionSegment], list[Cut]]:
     """Describe all pieces; write those that are not there yet."""
-    recordings: list[Recording] = []
+    recordings: dict[str, Recording] = {}
     supervisions: list[SupervisionSegment] = []
     cuts: list[Cut] = []
-    lost_texts = 0
+    lost_texts = shared_sentences = 0
+    trained = {sentence_of(source, target) for source in sources if ("train" in splits_of(source))} - {""}
     for source in sources:
         missing = [
             window for window, _ in source.pieces if not piece_path(source, window, output, by_time).is_file()
         ]
         if missing:
-            wav = read_source(source.path, target)
-            for window in missing:
-                write_piece(source, window, wav, output, target, by_time)
+            with converted(source.entry, output / source.id, target) as wav:
+                for window in missing:
+                    write_piece(source, window, wav, output, target, by_time)
         whole = single(source, target) and len(source.pieces) == 1
-        lost_texts += source.text is not None and not whole
+        lost_texts += source.entry.text is not None and not whole
+        shared = whole and "train" not in splits_of(source) and sentence_of(source, target) in trained
+        shared_sentences += shared
         for number, (window, split) in enumerate(source.pieces, start=1):
+            cut_id = f"{source.id}-{number:04d}"
             path = piece_path(source, window, output, by_time)
-            shape = (target.channels, len(window))
-            recording = make_recording(f"{source.id}-{number:04d}", path, shape, target.sample_rate)
-            supervision = make_supervision(recording, source.text if whole else None, None, None, split)
-            custom = {"source": source.name, "source_start": window.start / target.sample_rate}
-            recordings.append(recording)
+            recording, supervision, custom = describe(source, cut_id, path, window, split, whole, target)
+            recordings[recording.id] = recording
             supervisions.append(supervision)
-            if len(window) >= target.min_duration * target.sample_rate:
-                cuts.append(make_cut(recording, supervision, "audio", custom=custom))
-            if whole:
-                cuts.append(
-                    make_cut(recording, supervision, "utterance", f"{recording.id}-utterance", custom)
-                )
+            kinds = ["audio"] if len(window) >= target.min_duration * target.sample_rate else []
+            kinds += ["utterance"] if (whole and not shared) or source.entry.midi is not None else []
+            for kind in kinds:
+                name = cut_id if kind == "audio" else f"{cut_id}-utterance"
+                cuts.append(placed(make_cut(recording, supervision, kind, name, custom)))
     if lost_texts:
         logger.warning("%d transcripts not used: their recordings are cut in pieces", lost_texts)
-    return recordings, supervisions, cuts
+    if shared_sentences:
+        logger.warning(
+            "%d held-out transcripts not used: a recording in train says the same", shared_sentences
+        )
+    return list(recordings.values()), supervisions, cuts
 
 
-def remove_stale(output: Path, sources: Sequence[Source], recordings: Sequence[Recording]) -> None:
-    """Delete pieces that no manifest names any more."""
+def splits_of(source: Source) -> set[str]:
+    """The splits that a source's pieces are in."""
+    return {split for _, split in source.pieces}
+
+
+def describe(
+    source: Source, cut_id: str, path: Path, window: range, split: str, whole: bool, target: Format
+) -> tuple[Recording, SupervisionSegment, dict[str, Any]]:
+    """The recording that a piece lies in, the piece's supervision in it, and what its cuts are to carry."""
+    entry = source.entry
+    custom: dict[str, Any] = {"source": entry.name}
+    if entry.midi is None:
+        recording = make_recording(cut_id, path, (target.channels, len(window)), target.sample_rate)
+        custom["source_start"] = entry.start + window.start / target.sample_rate
+    else:
+        # The notes are timed from the recording's first sample: cuts point into it.
+        recording = make_recording(source.id, path, (target.channels, source.num_samples), target.sample_rate)
+        custom |= {"source_start": 0.0, "midi": str(entry.midi.absolute())}
+    text = entry.text if whole else None
+    supervision = make_supervision(recording, text, entry.speaker, entry.language, split)
+    if entry.midi is not None:
+        supervision.id = cut_id
+        supervision.start, supervision.duration = (
+            window.start / target.sample_rate,
+            len(window) / target.sample_rate,
+        )
+    return recording, supervision, custom
+
+
+def placed(cut: Cut) -> Cut:
+    """A cut over a whole recording, narrowed to its supervision, where that is a part of it."""
+    (supervision,) = cut.supervisions
+    if supervision.start or supervision.duration != cut.duration:
+        cut.start, cut.duration = supervision.start, supervision.duration
+        cut.supervisions = [supervision.with_offset(-supervision.start)]
+    return cut
+
+
+def remove_stale(output: Path, ids: Sequence[str], recordings: Sequence[Recording]) -> None:
+    """Delete pieces that no manifest names any more, and the records of files that are gone."""
     used = {Path(recording.sources[0].source) for recording in recordings}
     for path in output.glob("*/*.flac"):
         if path.resolve() not in used:
             path.unlink()
+    known = set(ids)
+    for path in output.glob("*.json"):
+        if path.name.removesuffix(".json") not in known:
+            path.unlink()
+    for path in output.glob("*"):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 if __name__ == "__main__":
