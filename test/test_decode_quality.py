@@ -16,7 +16,7 @@ from valle.config import ModelConfig, to_dict
 from valle.data.manifests import read_manifest, write_cuts
 from valle.generation.chunks import Chunks, default_chunks
 from valle.models.builder import build_model
-from valle.models.generating import ArSession, refine
+from valle.models.generating import ArSession, make_prompts, refine
 from valle.modules.packing import FORMATS, pack
 from valle.utils.errors import UserError
 
@@ -211,10 +211,14 @@ def test_one_chunk_is_the_whole_and_small_ones_are_not(tool, model, codec, cuts)
 def test_distances_are_to_the_true_codes(tool, model, codec, cuts):
     """Where the truth is what the whole gives, it is not a bit away, and chunks are as far from one as the other."""
     copy = pack(model, "fp32")
-    lens = [[torch.tensor([len(part)]) for part in cut] for cut in cuts]
     right = [
-        tool.CutCodes(cut.prompt, refine(copy, cut.prompt[None], x, cut.target[None, :, 0], y)[0])
-        for cut, (x, y) in zip(cuts, lens, strict=True)
+        tool.CutCodes(
+            cut.prompt,
+            refine(copy, make_prompts([cut.prompt]), cut.target[None, :, 0], torch.tensor([len(cut.target)]))[
+                0
+            ],
+        )
+        for cut in cuts
     ]
     asked = [tool.Setting(0, 0, 0, Chunks(4, 1, 30))]
     whole, (small,) = tool.measure_chunks(model, codec, right, asked, seed=0)
@@ -325,14 +329,14 @@ def test_a_single_cut_has_no_interval(tool, files, monkeypatch, capsys):
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_read(tool, files, monkeypatch, more, message):
-    monkeypatch.setattr(tool, "load_model", None)
+    monkeypatch.setattr(tool, "load_audio_lm", None)
     with pytest.raises(UserError, match=message):
         tool.main(flags(files, *more))
 
 
 def test_codes_of_another_codec_are_refused(tool, files, tmp_path):
     other = write_tokenized(tmp_path / "other", {"test": 1}, num_quantizers=QUANTIZERS)
-    with pytest.raises(UserError, match="are of codec 'tiny' \\(0000000000000000\\), expected those"):
+    with pytest.raises(UserError, match="are of 'tiny' \\(fingerprint 0000000000000000\\); run prepare.sh"):
         tool.main(flags(files, "--manifest", str(other / "cuts_test.jsonl.gz")))
     with pytest.raises(UserError, match="unknown codec"):
         tool.main(flags(files, checkpoint="moved.pt"))

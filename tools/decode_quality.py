@@ -27,15 +27,16 @@ from torch import Tensor
 
 from valle.codecs import Codec, matching_codec
 from valle.config import option, parse, to_dict
+from valle.data.checks import check_codec
 from valle.data.dataset import load_codes, read_codec_info
 from valle.data.manifests import read_manifest
-from valle.data.split import prompt_length
+from valle.data.packed import prompt_mark
+from valle.data.split import PromptRule
 from valle.evaluation.audio import log_mel_distance
-from valle.evaluation.evaluate import DEFAULT_PROMPT_RATIO
 from valle.evaluation.statistics import Interval, bootstrap_ci
 from valle.generation.chunks import CHUNK_SECONDS, CONTEXT_SECONDS, LOOKAHEAD_SECONDS, Chunks
-from valle.models import AudioLM, load_model
-from valle.models.generating import ArSession, refine, refine_in_chunks
+from valle.models import AudioLM, load_audio_lm
+from valle.models.generating import ArSession, make_prompts, refine, refine_in_chunks
 from valle.modules.packing import FORMATS, packed
 from valle.utils.command import run
 from valle.utils.errors import UserError
@@ -107,7 +108,7 @@ def whole_logits(model: AudioLM, cut: CutCodes) -> Tensor:
 
 def stepped_logits(copy: AudioLM, cut: CutCodes) -> Tensor:
     """(T, V + 1): the same from a packed copy that generates, but is given the true code at every step."""
-    session = ArSession(copy, *_row(cut.prompt), len(cut.target))
+    session = ArSession(copy, make_prompts([cut.prompt]), len(cut.target))
     logits = [session.logits]
     for token in cut.target[:-1, :1]:
         session.step(token)
@@ -144,9 +145,9 @@ def measure_formats(model: AudioLM, cuts: Sequence[CutCodes], seed: int) -> dict
     figures: dict[str, list[Figures]] = {dtype: [] for dtype in FORMATS}
     for cut in progress(cuts, desc="number formats", unit="cut"):
         tokens = _row(cut.target[:, 0])
-        logits, codes = whole_logits(model, cut), refine(model, *_row(cut.prompt), *tokens)[0]
+        logits, codes = whole_logits(model, cut), refine(model, make_prompts([cut.prompt]), *tokens)[0]
         for dtype, copy in copies.items():
-            found = refine(copy, *_row(cut.prompt), *tokens)[0]
+            found = refine(copy, make_prompts([cut.prompt]), *tokens)[0]
             compared = compare_logits(stepped_logits(copy, cut), logits, cut.target[:, 0])
             figures[dtype].append(compared | equal_shares(found, codes))
     frames = [len(cut.target) for cut in cuts]
@@ -202,13 +203,13 @@ def measure_chunks(
     figures: list[list[Figures]] = [[] for _ in asked]
     for cut in progress(cuts, desc="chunks", unit="cut"):
         tokens = cut.target[:, 0]
-        whole = refine(copy, *_row(cut.prompt), *_row(tokens))[0]
+        whole = refine(copy, make_prompts([cut.prompt]), *_row(tokens))[0]
         truth, sound = (decode_target(codec, cut.prompt, codes) for codes in (cut.target, whole))
         distance = log_mel_distance(truth, sound, codec.sample_rate)
         whole_figures.append({"to_truth": distance})
         for setting, rows in zip(asked, figures, strict=True):
             # The length was asked for: the last piece is what is left when it is reached.
-            codes = refine_in_chunks(copy, cut.prompt, tokens, False, setting.chunks)
+            codes = refine_in_chunks(copy, make_prompts([cut.prompt]), tokens, False, setting.chunks)
             wav = decode_target(codec, cut.prompt, codes)
             from_truth = log_mel_distance(truth, wav, codec.sample_rate)
             rows.append(
@@ -233,13 +234,10 @@ def read_cuts(config: QualityConfig, model: AudioLM, checkpoint: dict[str, Any])
         UserError: no cuts, a cut of one frame, or codes that are not of the checkpoint's codec.
     """
     path = Path(config.manifest)
-    info, expected = read_codec_info(path.parent) or {}, checkpoint["codec"].get("fingerprint")
-    if None not in (expected, info.get("fingerprint")) and info["fingerprint"] != expected:
-        raise UserError(
-            f"the codes of '{path}' are of codec '{info.get('name')}' ({info['fingerprint']}), expected those of the "
-            f"checkpoint's codec ({expected}); give the --manifest that it was trained beside"
-        )
-    ratio = float(checkpoint["config"].get("data", {}).get("prompt_ratio", DEFAULT_PROMPT_RATIO))
+    check_codec(checkpoint["codec"], read_codec_info(path.parent), config.checkpoint, path.parent)
+    rule = PromptRule.of(
+        checkpoint["config"].get("data", {}), checkpoint["codec"].get("frame_rate"), fixed=True
+    )
     cuts = []
     for cut in list(read_manifest(path))[: config.max_cuts or None]:
         codes = torch.from_numpy(load_codes(cut, model.num_quantizers, model.codebook_size))
@@ -247,7 +245,7 @@ def read_cuts(config: QualityConfig, model: AudioLM, checkpoint: dict[str, Any])
             raise UserError(
                 f"cut '{cut.id}': 1 frame, expected 2 or more: a prompt and a target; leave it out"
             )
-        frames = prompt_length(len(codes), ratio)
+        frames = rule.frames(len(codes), cut.id, prompt_mark(cut))
         cuts.append(CutCodes(codes[:frames], codes[frames:]))
     if not cuts:
         raise UserError(f"'{path}' holds no cuts")
@@ -267,7 +265,7 @@ def measure(config: QualityConfig) -> dict[str, Any]:
         raise UserError(f"--max-cuts is {config.max_cuts}, expected 0 or more")
     if config.output is not None and Path(config.output).is_dir():
         raise UserError(f"--output is '{config.output}', a folder, expected a file to write")
-    model, checkpoint = load_model(config.checkpoint)
+    model, checkpoint = load_audio_lm(config.checkpoint)
     info = checkpoint["codec"] | ({"name": config.codec} if config.codec else {})
     codec = matching_codec(info, num_quantizers=model.num_quantizers)
     cuts = read_cuts(config, model, checkpoint)

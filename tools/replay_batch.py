@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from valle.config import option, parse
 from valle.engine.devices import pick_device, to_device
 from valle.engine.trainer import DTYPES
-from valle.models import AudioLM, load_model
+from valle.models import CodecLM, load_model
 from valle.utils.command import run
 from valle.utils.errors import UserError
 
@@ -67,7 +67,7 @@ def first_broken_output(model: nn.Module, forward: Any) -> tuple[Any, str | None
             handle.remove()
 
 
-def replay(model: AudioLM, batch: dict[str, Any], stage: int, dtype: str) -> None:
+def replay(model: CodecLM, batch: dict[str, Any], stage: int, dtype: str) -> None:
     """Print what one batch gives."""
     device = next(model.parameters()).device
     batch = to_device(batch, device)

@@ -72,6 +72,41 @@ class ModelConfig:
     qk_norm: bool = option(
         False, "normalize queries and keys in attention: keeps long trainings in bfloat16 stable"
     )
+    position: str = option(
+        "rope",
+        "rope turns queries and keys; sine adds to the embeddings, as the first VALL-Es",
+        ["rope", "sine"],
+    )
+    activation: str = option("gelu", "of the feed-forward networks", ["gelu", "relu"])
+    audio_from_zero: bool = option(False, "positions of the target begin at 0 again, as in the first VALL-Es")
+    nar_num_decoder_layers: int | None = option(
+        None, "layers of the NAR decoder (default: as the AR decoder)"
+    )
+    pattern: str = option(
+        "valle",
+        "what the AR decoder says: valle quantizer 0, and a NAR decoder the others; delay or flatten all quantizers",
+        ["valle", "delay", "flatten"],
+    )
+    group_size: int = option(1, "frames that the AR decoder says in one step, with --pattern valle")
+    separate_prompts: bool = option(False, "an AudioLM's prompt has embeddings of its own")
+
+
+@dataclass
+class ValleConfig(ModelConfig):
+    """The VALL-E's architecture (names of the VALL-E recipes)."""
+
+    model_name: str = option(
+        "valle",
+        "valle: text before the audio; vallf: text by cross-attention; midi-valle: notes of a MIDI file",
+        ["valle", "vallf", "midi-valle"],
+    )
+    prefix_mode: int = option(
+        0,
+        "prompt of the NAR decoder in training: 0 none, 1 the utterance's beginning, 2 a stretch of it, 4 another "
+        "utterance of the same recording",
+        [0, 1, 2, 4],
+    )
+    time_aligned: bool = option(True, "midi-valle: notes and audio have one clock")
 
 
 @dataclass
@@ -97,6 +132,10 @@ class DataConfig:
     prompt_ratio: float = option(0.4, "part of each recording that is the prompt; the rest is the target")
     prompt_ratio_range: str | None = option(
         None, "LOW,HIGH: draw the ratio anew for each row and epoch (validation keeps --prompt-ratio)"
+    )
+    prompt_seconds: float | None = option(None, "seconds of every prompt, in place of a ratio")
+    prompt_from_cut: bool = option(
+        False, "each cut says how long its prompt is: custom field prompt_duration, in seconds"
     )
     infill_prob: float = option(
         0.0, "share of the training rows that fill a gap, given both sides of it (validation has none)"

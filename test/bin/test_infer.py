@@ -13,7 +13,7 @@ import soundfile
 import torch
 from synthetic import save_tiny_codec, write_tokenized
 
-from valle.bin import infer, trainer_audiolm
+from valle.bin import infer, inference, trainer_audiolm
 from valle.codecs import load_codec
 from valle.generation.chunks import Chunks
 from valle.generation.sampling import Sampling
@@ -134,7 +134,7 @@ def bad_prompts(folder):
     torch.save({"weights": 1}, folder / "other.pt")
     yield "good.wav", ["--checkpoint", str(folder / "other.pt")], "no 'model' entry"
     torch.save({"model": {}}, folder / "bare.pt")
-    yield "good.wav", ["--checkpoint", str(folder / "bare.pt")], "no AudioLM configuration"
+    yield "good.wav", ["--checkpoint", str(folder / "bare.pt")], "no AudioLM or VALL-E configuration"
     yield "good.wav", ["--checkpoint", str(folder / "absent.pt")], "does not exist"
     yield "good.wav", ["--max-new-tokens", "0"], "expected 1 or more"
     yield "good.wav", ["--max-new-tokens", "5", "--duration", "1"], "give one of them"
@@ -436,8 +436,8 @@ def test_a_long_result_is_decoded_in_pieces_with_the_same_result(versatile, monk
         read(run(versatile, versatile / "clip.wav", *flags) / f"clip_{part}.wav")
         for part in ("full", "continuation", "continuation_2")
     ]
-    monkeypatch.setattr(infer, "WHOLE_SECONDS", 2.0)
-    monkeypatch.setattr(infer, "PIECE_SECONDS", 0.5)
+    monkeypatch.setattr(inference, "WHOLE_SECONDS", 2.0)
+    monkeypatch.setattr(inference, "PIECE_SECONDS", 0.5)
     decoded = []
     codec_type = type(load_codec(versatile / "tiny"))
     real = codec_type.decode

@@ -9,11 +9,12 @@ import soundfile
 import torch
 from synthetic import TINY_CODEBOOK, save_tiny_codec, write_tokenized
 
-from valle.bin.trainer_audiolm import main, make_samples
+from valle.bin.trainer_audiolm import main
 from valle.codecs import load_codec
-from valle.config import TrainConfig
+from valle.config import DataConfig, TrainConfig
 from valle.engine.checkpoint import load_checkpoint
 from valle.engine.samples import ContinuationSamples, choose, draw_spectrograms, with_quantizers
+from valle.engine.tasks import AudioTask, make_samples
 from valle.models import AudioLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,7 +198,7 @@ def test_a_codec_that_is_not_at_hand_is_said_once_and_training_goes_on(tokenized
 
 def test_sharded_models_are_not_listened_to():
     config = TrainConfig(sample_interval=5, parallel="fsdp")
-    assert make_samples(config, {"name": "valle_16khz"}, None, 4) is None
+    assert make_samples(AudioTask(DataConfig()), config, {"name": "valle_16khz"}, None, 4) is None
 
 
 def test_samples_that_do_not_fit_into_memory_are_given_up(audible, tmp_path, monkeypatch, capfd):

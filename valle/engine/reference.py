@@ -32,9 +32,10 @@ MOST_POINTS = 200  # of a curve
 COMPARED = (
     "decoder_dim", "nhead", "num_decoder_layers", "num_quantizers", "scale_factor", "norm_first", "add_prenet",
     "share_embedding", "codebook_embedding", "prepend_bos", "dropout", "attention_dropout", "qk_norm",
-    "max_duration", "filter_min_duration", "filter_max_duration", "prompt_ratio", "prompt_ratio_range", "infill_prob",
-    "drop_prompt_prob", "base_lr", "optimizer_name", "scheduler_name", "warmup_steps", "weight_decay",
-    "clip_grad_norm", "accumulate_grad_steps", "world_size", "init_from", "codec",
+    "max_duration", "filter_min_duration", "filter_max_duration", "prompt_ratio", "prompt_ratio_range",
+    "prompt_seconds", "prompt_from_cut", "infill_prob", "drop_prompt_prob", "base_lr", "optimizer_name",
+    "scheduler_name", "warmup_steps", "weight_decay", "clip_grad_norm", "accumulate_grad_steps", "world_size",
+    "init_from", "codec",
 )  # fmt: skip
 NAMES = {"train": "training", "valid": "validation"}
 Key = tuple[int, str, str]  # stage, split, metric

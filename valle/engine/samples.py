@@ -82,18 +82,56 @@ class ContinuationSamples:
             zip(self.rows, self.prompts, result.codes, strict=True)
         ):
             wavs = {
-                "prompt": self._decode(self.codec, prompt),
-                "codec": self._decode(self.codec, row),
-                "ar": self._decode(first, codes[:, :1]),
+                "prompt": decode(self.codec, prompt),
+                "codec": decode(self.codec, row),
+                "ar": decode(first, codes[:, :1]),
             }
             if stage != 1 and model.num_quantizers > 1:
-                wavs["ar_nar"] = self._decode(self.codec, codes)
+                wavs["ar_nar"] = decode(self.codec, codes)
             suffix = f"_{number + 1}" if number else ""
             audio.update({f"samples/{kind}{suffix}": wav for kind, wav in wavs.items()})
         return audio
 
-    def _decode(self, codec: Codec, codes: Tensor) -> Tensor:
-        return codec.decode(codes[None].to(codec.device))[0].float().cpu()
+
+class ReadingSamples:
+    """What a VALL-E makes of the texts of a few cuts, without a prompt: what the engine calls a `SampleMaker`.
+
+    Args:
+        codec: with as many quantizers as the model has.
+        rows: (T, Q) codes of each cut.
+        texts: (S,) symbols or (S, F) notes of each cut.
+        seed: of the draw.
+    """
+
+    def __init__(self, codec: Codec, rows: Sequence[Tensor], texts: Sequence[Tensor], seed: int = 0) -> None:
+        self.codec, self.seed, self.sample_rate = codec, seed, codec.sample_rate
+        self.rows, self.texts = [row.long() for row in rows], list(texts)
+
+    @torch.no_grad()
+    def make(self, model: Any, stage: int) -> dict[str, Tensor]:
+        """Tag -> (C, N) waveform. Stage 1 trains no NAR decoder, so its samples have none."""
+        if not model.first_frame:
+            return {}
+        self.codec.to(model.device)
+        first = with_quantizers(self.codec, 1)
+        lens = torch.tensor([len(text) for text in self.texts])
+        texts = torch.nn.utils.rnn.pad_sequence(self.texts, batch_first=True)
+        limit = max(len(row) for row in self.rows) * 3 // 2
+        result = model.generate(texts, lens, max_new_tokens=limit, seed=self.seed, min_new_tokens=1)
+        forget(model)
+        audio = {}
+        for number, (row, codes) in enumerate(zip(self.rows, result.codes, strict=True)):
+            wavs = {"codec": decode(self.codec, row), "ar": decode(first, codes[:, :1])}
+            if stage != 1 and model.num_quantizers > 1:
+                wavs["ar_nar"] = decode(self.codec, codes)
+            suffix = f"_{number + 1}" if number else ""
+            audio.update({f"samples/{kind}{suffix}": wav for kind, wav in wavs.items()})
+        return audio
+
+
+def decode(codec: Codec, codes: Tensor) -> Tensor:
+    """(T, Q) -> (C, N)."""
+    return codec.decode(codes[None].to(codec.device))[0].float().cpu()
 
 
 def with_quantizers(codec: Codec, number: int) -> Codec:

@@ -181,30 +181,25 @@ def take_architecture(config: ModelConfig, path: Path, contents: dict[str, Any],
         log.info("architecture of '%s': %s", path, ", ".join(taken))
 
 
-def check_codec(theirs: dict[str, Any], ours: dict[str, Any], path: Path, folder: Path) -> None:
-    """Refuse codes of another codec than those that a checkpoint was trained on.
-
-    Args:
-        theirs, ours: what the checkpoint and the manifests say, see `Codec.info`.
-        path: the checkpoint.
-        folder: of the manifests.
+def check_text(start: Start, text: dict[str, Any] | None) -> None:
+    """Refuse texts in other symbols than those that a checkpoint reads.
 
     Raises:
         UserError: they differ.
     """
-    facts = ["codebook_size", "sample_rate", "frame_rate"]
-    # A fingerprint covers the number of quantizers that were stored: with another number it says nothing.
-    exact = theirs.get("num_quantizers") == ours.get("num_quantizers")
-    both = bool(theirs.get("fingerprint") and ours.get("fingerprint"))
-    facts.append("fingerprint" if exact and both else "name")
-    for fact in facts:
-        found, expected = ours.get(fact), theirs.get(fact)
-        if found is not None and expected is not None and found != expected:
+    theirs = start.contents.get("text")
+    for fact in ("kind", "tokenizer", "symbols", "sizes"):
+        found, expected = (None if part is None else part.get(fact) for part in (text, theirs))
+        if _listed(found) != _listed(expected):
             raise UserError(
-                f"--init-from '{path}' was trained on codes of codec '{theirs.get('name')}' ({fact} {expected}), but "
-                f"the codes in '{folder}' are of '{ours.get('name')}' ({fact} {found}); run prepare.sh --stage 2 with "
-                "that codec"
+                f"checkpoint '{start.path}' reads other texts ({fact}) than the manifests have; run prepare.sh "
+                "--stage 3 with its --text-extractor, --language and symbol table"
             )
+
+
+def _listed(value: Any) -> Any:
+    """Tuples come back from checkpoints as lists; nothing, as one that is empty."""
+    return list(value) if isinstance(value, tuple) else value or None
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch import nn
 
 from valle import __version__
 from valle.config import TrainConfig
+from valle.data.checks import check_codec
 from valle.engine import memory, stages
 from valle.engine.adapters import Adapters, merged_copy
 from valle.engine.checkpoint import (
@@ -561,6 +562,9 @@ class Trainer:
     def _restore(self, path: Path, latest: NumberedCheckpoint | None = None) -> bool:
         """Load a checkpoint of this stage or of another; `latest` is the newest of all stages."""
         contents = self.parallel.read(path, self.optimizer)
+        if "codec" in self.saved and "codec" in contents:  # a codec's own training has none
+            folder = Path(self.saved["config"]["data"]["manifest_dir"])
+            check_codec(contents["codec"], self.saved["codec"], path, folder)
         same_stage = contents["train_stage"] == self.stage
         if same_stage and latest is not None:
             stages.take_over(contents, self.exp_dir, self.untrained)

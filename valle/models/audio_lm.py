@@ -5,14 +5,13 @@
                      ──► NAR decoder: quantizer q = 1 … Q-1 of all target frames at once, from the prompt and the
                          sum of the target's quantizers below q; attention both ways
 
-`ar_logits` and `nar_logits` are the only places that compute logits; training and generation both call them.
 Source: VALL-E (arXiv 2301.02111, sections 4.2.1 and 4.2.2), with audio in the place of text.
 
 Shapes: B batch, S prompt frames, T target frames, Q quantizers, V codebook size, D width.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +20,24 @@ from torch.nn import functional as F
 from valle.codecs import Codec
 from valle.generation.chunks import Chunks, default_chunks
 from valle.generation.sampling import Sampling, make_streams
-from valle.models.generating import Generation, Generator, Stream
-from valle.models.watched import code_metrics
+from valle.models.codec_lm import (
+    CodecLM,
+    LossOutput,
+    Metrics,
+    Part,
+    StageLoss,
+    check_reduction,
+    new_embedding,
+    new_prenet,
+)
+from valle.models.generating import Generation, Generator, Prompts, Stream
 from valle.modules.cache import Cache
 from valle.modules.embeddings import sum_embeddings
-from valle.modules.masks import lengths_to_mask, prefix_causal_mask
-from valle.modules.transformer import Linear, Transformer
+from valle.modules.masks import lengths_to_mask
 from valle.utils.errors import UserError
 
-CODEBOOK_RMS = 0.05  # size of quantizer 0's embeddings when they start from the codec's vectors
-Metrics = dict[str, tuple[Any, Any]]
 
-
-class AudioLMOutput(NamedTuple):
-    """What `forward` returns.
-
-    Attributes:
-        predictions: logits by name: "ar" (B, T + 1, V + 1), "nar" (B, T, V) of the last quantizer computed.
-        loss: summed (or averaged, or per row) cross-entropy in nats.
-        metrics: name -> (sum, count).
-    """
-
-    predictions: dict[str, Tensor]
-    loss: Tensor
-    metrics: Metrics
-
-
-class StageLoss(NamedTuple):
-    """What the training engine takes: loss sum in nats, number of targets, metrics."""
-
-    loss: Tensor
-    num_targets: int
-    metrics: Metrics
-
-
-class AudioLM(nn.Module):
+class AudioLM(CodecLM):
     """Audio language model with an autoregressive and a non-autoregressive decoder.
 
     Args:
@@ -74,16 +56,13 @@ class AudioLM(nn.Module):
         position: "rope" or "sine".
         activation: "gelu" or "relu".
         attention_dropout: of attention's weights.
+        audio_from_zero: positions of the target begin at 0, as the prompt's do, instead of going on from them.
+        nar_num_layers: of the NAR decoder (default: num_layers).
+        separate_prompts: a prompt's codes have tables, and a prenet, of their own.
+        pattern: order in which the AR decoder says codes: "valle" quantizer 0 alone, "delay" or "flatten" all of them,
+            without a NAR decoder; see `valle.modules.patterns`.
+        group_size: frames of a step, with "valle".
     """
-
-    loss_unit = "nats/token"
-    # Which part takes which number format in a packed copy; the others stay in fp32. The AR decoder is bound by reading
-    # its weights, the NAR decoder by multiplying, where 8 bits gain nothing. Logits in bfloat16 would tie.
-    PACKING = {
-        "fp32": {},
-        "bf16": {"ar_decoder": "bf16", "nar_decoder": "bf16"},
-        "int8": {"ar_decoder": "int8", "ar_predict_layer": "int8", "nar_decoder": "bf16"},
-    }
 
     def __init__(
         self,
@@ -102,83 +81,37 @@ class AudioLM(nn.Module):
         activation: str = "gelu",
         qk_norm: bool = False,
         attention_dropout: float = 0.0,
+        audio_from_zero: bool = False,
+        nar_num_layers: int | None = None,
+        separate_prompts: bool = False,
+        pattern: str = "valle",
+        group_size: int = 1,
     ) -> None:
-        super().__init__()
-        if num_quantizers < 1:
-            raise ValueError(f"num_quantizers is {num_quantizers}, expected 1 or more")
-        nar_dim, nar_heads = int(d_model * nar_scale_factor), max(1, int(nhead * nar_scale_factor))
-        self.num_quantizers, self.codebook_size, self.prepend_bos = num_quantizers, codebook_size, prepend_bos
-        self.eos, self.bos = codebook_size, codebook_size + 1
-
-        # Table 0 holds the codes of quantizer 0, wherever they stand, then EOS and, if used, BOS.
-        self.ar_audio_embedding = _embedding(codebook_size + 1 + int(prepend_bos), d_model)
+        super().__init__(
+            d_model, nhead, num_layers, norm_first, add_prenet, num_quantizers, nar_scale_factor, prepend_bos,
+            codebook_size, share_embedding, dropout, position, activation, qk_norm, attention_dropout,
+            audio_from_zero, nar_num_layers, pattern=pattern, group_size=group_size,
+        )  # fmt: skip
+        # Codes of quantizer 0 have one table wherever they stand, unless prompts have their own.
+        self.separate_prompts = separate_prompts
         self.ar_prompt_embeddings = nn.ModuleList(
-            _embedding(codebook_size, d_model) for _ in range(num_quantizers - 1)
+            new_embedding(codebook_size, d_model) for _ in range(num_quantizers - (not separate_prompts))
         )
-        self.ar_audio_prenet = _prenet(d_model) if add_prenet else nn.Identity()
-        self.ar_decoder = Transformer(
-            d_model,
-            nhead,
-            num_layers,
-            dropout,
-            norm_first,
-            position=position,
-            activation=activation,
-            qk_norm=qk_norm,
-            attention_dropout=attention_dropout,
-        )
-        self.ar_predict_layer = Linear(d_model, codebook_size + 1, bias=False)
-        if share_embedding:
-            if prepend_bos:
-                raise ValueError(
-                    "share_embedding cannot be combined with prepend_bos: the AR tables differ in size"
+        if separate_prompts:
+            self.ar_prompt_prenet = new_prenet(d_model) if add_prenet else nn.Identity()
+            if self.pattern.has_nar:
+                self.nar_prompt_embeddings = nn.ModuleList(
+                    new_embedding(codebook_size, self.nar_dim) for _ in range(num_quantizers)
                 )
-            self.ar_predict_layer.weight = self.ar_audio_embedding.weight
+                self.nar_prompt_prenet = new_prenet(self.nar_dim) if add_prenet else nn.Identity()
 
-        if num_quantizers > 1:
-            self.nar_audio_embeddings = nn.ModuleList(
-                _embedding(codebook_size, nar_dim) for _ in range(num_quantizers)
-            )
-            self.nar_segment_embedding = _embedding(2, nar_dim)  # prompt, target
-            self.nar_stage_embeddings = nn.ModuleList(
-                _embedding(1, nar_dim) for _ in range(num_quantizers - 1)
-            )
-            self.nar_audio_prenet = _prenet(nar_dim) if add_prenet else nn.Identity()
-            self.nar_decoder = Transformer(
-                nar_dim, nar_heads, num_layers, dropout, norm_first,
-                adaptive=True, position=position, activation=activation, qk_norm=qk_norm,
-                attention_dropout=attention_dropout,
-            )  # fmt: skip
-            self.nar_predict_layers = nn.ModuleList(
-                Linear(nar_dim, codebook_size, bias=False) for _ in range(num_quantizers - 1)
-            )
-            if share_embedding:
-                for index, layer in enumerate(self.nar_predict_layers):
-                    layer.weight = self.nar_audio_embeddings[index + 1].weight
-
-    @torch.no_grad()
-    def start_from_codebooks(self, codebooks: Tensor) -> None:
-        """Start the tables of codes from the codec's own vectors, so that codes which sound alike start alike.
-
-        All quantizers go through one random projection with orthonormal rows: the sum of a frame's embeddings is
-        then its quantized latent, as the codec adds it up, and a tied output layer measures the distance to each
-        code. On little data this saves most of what random tables would have to learn first.
-
-        Args:
-            codebooks: (Q, V, C) from `Codec.codebooks`.
-        """
-        codebooks = codebooks[: self.num_quantizers].to(self.device)
-        scaled = codebooks * (CODEBOOK_RMS / (codebooks[0] - codebooks[0].mean(0)).square().mean().sqrt())
-        size = self.codebook_size
-        decoders = [[self.ar_audio_embedding, *self.ar_prompt_embeddings]]
-        if self.num_quantizers > 1:
-            decoders.append([*self.nar_audio_embeddings])
-        for tables in decoders:
-            dim = tables[0].weight.shape[1]
-            projection = torch.empty(dim, codebooks.shape[2], device=self.device)
-            nn.init.orthogonal_(projection)
-            for table, vectors in zip(tables, scaled, strict=True):
-                table.weight[:size] = vectors @ projection.T * (dim / codebooks.shape[2]) ** 0.5
+    def code_tables(self) -> list[list[nn.Embedding]]:
+        (first, *_), *nar = super().code_tables()
+        prompts: list[Any] = [*self.ar_prompt_embeddings]
+        if not self.separate_prompts:
+            return [[first, *prompts], *nar]
+        more: list[Any] = [*self.nar_prompt_embeddings] if self.pattern.has_nar else []
+        return [[first], prompts, *nar, *([more] if more else [])]
 
     # ------------------------------------------------------------------ logits
 
@@ -200,65 +133,38 @@ class AudioLM(nn.Module):
         Args:
             x: (B, S, Q) prompt codes. With a cache that already holds the prompt, ignored.
             x_lens: (B,) prompt frames, at least 1.
-            y: (B, T) target codes of quantizer 0; T may be 0. With a filled cache, the new frames only.
+            y: (B, T) target codes of quantizer 0, or (B, T, K) ids of the pattern's steps; T may be 0. With a filled
+                cache, the new frames only.
             y_lens: (B,) target frames, only needed where the padding of `y` is not a code.
             cache: where keys and values are kept, from `new_cache`; rows are then right-aligned.
             prefix_lens: (B,) prompt frames before the target, 0 … x_lens (default: all). Not read with a filled cache.
             gap_lens: (B,) frames that the whole target will have; needed with `prefix_lens`.
 
         Returns:
-            (B, T + 1, V + 1): for target frame 0 … T, the last one what follows y; index V is the end. With a
-            filled cache (B, T, V + 1): what follows each new frame.
+            (B, T + 1, V + 1): for target frame 0 … T, the last one what follows y; index V is the end. With an empty
+            cache the last of these only, with a filled one (B, T, V + 1): what follows each new frame.
 
         Raises:
             ValueError: `prefix_lens` without `gap_lens`.
         """
-        if y_lens is not None:
-            y = y.masked_fill(~lengths_to_mask(y_lens, y.shape[1]), 0)
         if cache is not None and cache.length > 0:
-            frames = y.shape[1]
-            hidden = self.ar_decoder(self._ar_embed(y), cache.positions(frames), cache.mask(frames), cache)
-            return self.ar_predict_layer(hidden)
-
-        prompt = self.ar_audio_prenet(
-            sum_embeddings([self.ar_audio_embedding, *self.ar_prompt_embeddings], x)
-        )
-        prompt_lens = x_lens
-        if self.prepend_bos:
-            prompt, prompt_lens = _append(
-                prompt, x_lens, self._ar_embed(torch.full_like(x[:, 0, 0], self.bos))
-            )
-        longest = prompt.shape[1]
-        starts = torch.zeros_like(prompt_lens) if cache is None else longest - prompt_lens
-        sequence = _join(prompt, prompt_lens, self._ar_embed(y), starts)
-        columns = torch.arange(sequence.shape[1], device=x.device)
-        rows = (prompt_lens + (y.shape[1] if y_lens is None else y_lens), prompt_lens)
-        if cache is None:  # prompts and targets of different rows are long: together they are not as long
-            columns = columns[: int(rows[0].max())]
-            sequence = sequence[:, : len(columns)]
-        if cache is not None:
-            cache.place(starts, prompt_lens)
-        positions = (columns - starts[:, None]).clamp(min=0)
-        # The frame behind the prompt is predicted at the prompt's last position.
-        last = (starts + prompt_lens - 1)[:, None] + torch.arange(y.shape[1] + 1, device=x.device)
+            return self.next_logits(y, cache)
+        positions, first, first_from = torch.arange(x.shape[1], device=x.device), None, None
         if prefix_lens is not None:
             if gap_lens is None:
                 raise ValueError("prefix_lens needs gap_lens: the frames between prefix and suffix")
-            positions = _infill_positions(positions, x_lens, prefix_lens, gap_lens + int(self.prepend_bos))
-            if cache is not None:
-                cache.position_shift = x_lens - prefix_lens
-            if not self.prepend_bos:  # the frame before the gap, if there is one, is the prefix's last
-                last[:, 0] = torch.where(prefix_lens > 0, starts + prefix_lens - 1, last[:, 0])
-        hidden = self.ar_decoder(
-            sequence,
-            positions,
-            lambda: prefix_causal_mask(starts, prompt_lens, columns, columns),
-            cache,
-            rows=rows,
-        )
-        last = last.clamp(max=hidden.shape[1] - 1)
-        hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.ar_predict_layer(hidden)
+            positions = _around(positions, prefix_lens, gap_lens + int(self.prepend_bos))
+            first = torch.zeros_like(prefix_lens) if self.audio_from_zero else prefix_lens
+            # The frame before the gap, if there is one, is the prefix's last.
+            first_from = torch.where(prefix_lens > 0, prefix_lens - 1, x_lens - 1)
+        if self.separate_prompts:
+            prompt = self.ar_prompt_prenet(sum_embeddings(list(self.ar_prompt_embeddings), x))
+        else:
+            tables = [self.ar_audio_embedding, *self.ar_prompt_embeddings]
+            prompt = self.ar_audio_prenet(sum_embeddings(tables, x))
+        if self.ar_prefix_position is not None:
+            prompt = self.ar_prefix_position(prompt, positions)
+        return self._run_ar(Part(prompt, x_lens, positions), y, y_lens, cache, first, first_from)
 
     def nar_logits(
         self,
@@ -282,45 +188,33 @@ class AudioLM(nn.Module):
         Returns:
             (B, T, V).
         """
-        if isinstance(quantizer, int):
-            quantizer = torch.full((x.shape[0],), quantizer, device=x.device)
-        segments = self.nar_segment_embedding.weight
-        prompt = sum_embeddings(list(self.nar_audio_embeddings), x) + segments[0]
-        target = segments[1].expand(y.shape[0], y.shape[1], -1)
-        for level in range(int(quantizer.max())):
-            read = (quantizer > level).view(-1, 1, 1)
-            target = target + self.nar_audio_embeddings[level](y[..., level]) * read
-        prompt, target = self.nar_audio_prenet(prompt), self.nar_audio_prenet(target)
-        starts = torch.zeros_like(x_lens)
-        sequence = _join(prompt, x_lens, target, starts)
-        total = x_lens + y_lens
-        sequence = sequence[:, : int(total.max())]
-
-        def mask() -> Tensor | None:
-            if bool((total == sequence.shape[1]).all()):
-                return None
-            return lengths_to_mask(total, sequence.shape[1])[:, None, None]
-
-        stages = torch.cat(list(self.nar_stage_embeddings.parameters()))
-        condition = stages[quantizer - 1][:, None]  # (B, 1, D)
-        positions = torch.arange(sequence.shape[1], device=x.device)
+        positions, first = torch.arange(x.shape[1], device=x.device), x_lens
         if prefix_lens is not None:
-            positions = _infill_positions(positions, x_lens, prefix_lens, y_lens)
-        hidden = self.nar_decoder(sequence, positions, mask, condition=condition, rows=(total, total))
-        columns = x_lens[:, None] + torch.arange(y.shape[1], device=x.device)
-        columns = columns.clamp(max=hidden.shape[1] - 1)
-        hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-        first = int(quantizer[0])
-        if bool((quantizer == first).all()):
-            return self.nar_predict_layers[first - 1](hidden)
-        heads = torch.stack(list(self.nar_predict_layers.parameters()))  # (Q-1, V, D)
-        return torch.einsum("btd,bvd->btv", hidden, heads[quantizer - 1])
+            positions, first = _around(positions, prefix_lens, y_lens), prefix_lens
+        if self.audio_from_zero:
+            first = torch.zeros_like(first)
+        if self.separate_prompts:
+            prompt = self.nar_prompt_prenet(sum_embeddings(list(self.nar_prompt_embeddings), x))
+        else:
+            prompt = sum_embeddings(list(self.nar_audio_embeddings), x)
+            prompt = self.nar_audio_prenet(prompt + self.nar_segment_embedding.weight[0])
+        if self.nar_prefix_position is not None:
+            prompt = self.nar_prefix_position(prompt, positions)
+        behind = first[:, None] + torch.arange(y.shape[1], device=x.device)
+        return self._run_nar([Part(prompt, x_lens, positions)], y, y_lens, behind, quantizer)
 
-    def _ar_embed(self, y: Tensor) -> Tensor:
-        """(B, T) or (B,) codes of quantizer 0 -> (B, T or 1, D)."""
-        if y.dim() == 1:
-            y = y[:, None]
-        return self.ar_audio_prenet(self.ar_audio_embedding(y))
+    def prefill(self, prompts: Prompts, cache: Cache) -> Tensor:
+        """Fill a cache with prompts -> (B, V + 1) of the first new frame."""
+        y = prompts.codes.new_zeros(prompts.codes.shape[0], 0)
+        if not self.pattern.plain:
+            y = y[..., None].expand(-1, -1, self.pattern.slots)
+        return self.ar_logits(
+            prompts.codes, prompts.lens, y, None, cache, prompts.prefix_lens, prompts.gap_lens
+        )[:, -1]
+
+    def refine_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
+        """(B, T, V) of one quantizer of what was generated behind prompts."""
+        return self.nar_logits(prompts.codes, prompts.lens, y, y_lens, quantizer, prompts.prefix_lens)
 
     # ---------------------------------------------------------------- training
 
@@ -333,7 +227,7 @@ class AudioLM(nn.Module):
         reduction: str = "sum",
         train_stage: int = 0,
         prefix_lens: Tensor | None = None,
-    ) -> AudioLMOutput:
+    ) -> LossOutput:
         """Loss of a batch.
 
         In training, the NAR stage draws one quantizer a row; in evaluation it goes through all of them, so that a
@@ -352,55 +246,31 @@ class AudioLM(nn.Module):
         Raises:
             UserError: codes of the wrong shape or range, lengths that do not fit.
         """
-        if reduction not in ("sum", "mean", "none"):
-            raise ValueError(f"reduction is {reduction!r}, expected 'sum', 'mean' or 'none'")
-        x, x_lens = self._check_codes(x, x_lens, "prompt x")
-        y, y_lens = self._check_codes(y, y_lens, "target y")
+        check_reduction(reduction)
+        x, x_lens = self.check_codes(x, x_lens, "prompt x")
+        y, y_lens = self.check_codes(y, y_lens, "target y")
         ends = torch.ones_like(y_lens)  # whether a row ends by itself
         if prefix_lens is not None:
             prefix_lens = _check_prefix_lens(prefix_lens, x_lens)
             ends = (prefix_lens == x_lens).long()
-        valid = lengths_to_mask(y_lens, y.shape[1])
         rows = torch.zeros(x.shape[0], device=x.device)
         predictions: dict[str, Tensor] = {}
         metrics: Metrics = {}
-        count, shape = 0, (self.num_quantizers, self.codebook_size)
+        count = 0
         if train_stage in (0, 1):
-            logits = self.ar_logits(x, x_lens, y[..., 0], y_lens, prefix_lens=prefix_lens, gap_lens=y_lens)
-            # The end follows the last frame; what is behind it is no target.
-            targets = F.pad(y[..., 0].masked_fill(~valid, 0), (0, 1))
-            targets.scatter_(1, y_lens[:, None], self.eos)
-            trained = lengths_to_mask(y_lens + ends, y.shape[1] + 1)
-            row_losses, number = _cross_entropy(logits, targets, trained)
-            metrics["ArLoss"] = (float(row_losses.detach().sum()), number)
-            first = torch.zeros_like(y_lens)  # quantizer 0
-            metrics |= code_metrics("Ar", logits[:, :-1], y[..., 0], valid, first, shape)
-            predictions["ar"], rows, count = logits, rows + row_losses, count + number
-        if train_stage in (0, 2) and self.num_quantizers > 1:
+
+            def logits_of(tokens: Tensor, lens: Tensor) -> Tensor:
+                return self.ar_logits(x, x_lens, tokens, lens, prefix_lens=prefix_lens, gap_lens=y_lens)
+
+            logits, losses, number = self._ar_stage(logits_of, y, y_lens, ends, True, metrics)
+            predictions["ar"], rows, count = logits, rows + losses, count + number
+        if train_stage in (0, 2) and self.pattern.has_nar:
+            valid = lengths_to_mask(y_lens, y.shape[1])
             for quantizer in self._nar_quantizers(x.shape[0], x.device):
                 logits = self.nar_logits(x, x_lens, y, y_lens, quantizer, prefix_lens)
-                index = quantizer.view(-1, 1, 1).expand(-1, y.shape[1], 1)
-                targets = y.gather(2, index)[..., 0]
-                row_losses, number = _cross_entropy(logits, targets, valid)
-                named: Metrics = {"NarLoss": (float(row_losses.detach().sum()), number)}
-                named |= code_metrics("Nar", logits, targets, valid, quantizer, shape)
-                for name, (total, size) in named.items():
-                    before = metrics.get(name, (0.0, 0))
-                    metrics[name] = (before[0] + total, before[1] + size)
-                predictions["nar"], rows, count = logits, rows + row_losses, count + number
-        if not predictions:
-            raise ValueError(
-                f"nothing to train in train_stage {train_stage} with {self.num_quantizers} quantizer(s)"
-            )
-        loss = rows if reduction == "none" else rows.sum() / (count if reduction == "mean" else 1)
-        return AudioLMOutput(predictions, loss, metrics)
-
-    def _nar_quantizers(self, batch: int, device: torch.device) -> Iterator[Tensor]:
-        if self.training:
-            yield torch.randint(1, self.num_quantizers, (batch,)).to(device)
-            return
-        for quantizer in range(1, self.num_quantizers):
-            yield torch.full((batch,), quantizer, device=device)
+                losses, number = self._nar_loss(logits, y, valid, quantizer, metrics)
+                predictions["nar"], rows, count = logits, rows + losses, count + number
+        return self._output(predictions, rows, count, metrics, reduction, train_stage)
 
     def compute_loss(self, batch: dict[str, Any], stage: int) -> StageLoss:
         """For the engine: batch with x, x_lens, y, y_lens and, where gaps are filled, prefix_lens."""
@@ -409,11 +279,6 @@ class AudioLM(nn.Module):
         )
         count = sum(metrics[name][1] for name in ("ArLoss", "NarLoss") if name in metrics)
         return StageLoss(loss, count, metrics)
-
-    def stage_parameters(self, stage: int) -> Iterator[tuple[str, nn.Parameter]]:
-        """What a stage trains: 0 all, 1 `ar_*`, 2 `nar_*`."""
-        prefix = {0: ("ar_", "nar_"), 1: ("ar_",), 2: ("nar_",)}[stage]
-        return ((name, parameter) for name, parameter in self.named_parameters() if name.startswith(prefix))
 
     # -------------------------------------------------------------- generation
 
@@ -559,7 +424,8 @@ class AudioLM(nn.Module):
         lens, prefix_lens = (torch.full((x.shape[0],), n, device=x.device) for n in (known.shape[1], start))
         generator = Generator(self, dtype, sampling or Sampling(temperature, top_k, top_p), on_frame=on_frame)
         # The length is given: no row ends before.
-        leg = generator.leg(known, lens, streams, end - start, end - start, prefix_lens)
+        prompts = Prompts(known, lens, prefix_lens=prefix_lens)
+        leg = generator.leg(prompts, streams, end - start, end - start)
         result = Generation(
             [torch.cat([row[:start], middle, row[end:]]) for row, middle in zip(x, leg.targets, strict=True)],
             lens.tolist(), leg.finish_reasons, leg.log_probs, generator.timings, generator.frame_seconds,
@@ -610,7 +476,7 @@ class AudioLM(nn.Module):
             self, dtype, sampling or Sampling(temperature, top_k, top_p), guidance_scale, on_frame
         )
         return Stream(
-            generator, codec, x[0], make_streams(1, seed)[0], max_new_tokens, min_new_tokens, window,
+            generator, codec, Prompts(x, x_lens), make_streams(1, seed)[0], max_new_tokens, min_new_tokens, window,
             chunks or default_chunks(codec.frame_rate),
         )  # fmt: skip
 
@@ -620,87 +486,21 @@ class AudioLM(nn.Module):
             x = x[None]
         if x_lens is None:
             x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() == 3 else 0)
-        return self._check_codes(x.to(self.device), x_lens.to(self.device), "prompt x")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.ar_audio_embedding.weight.device
-
-    def _check_codes(self, codes: Tensor, lens: Tensor, what: str) -> tuple[Tensor, Tensor]:
-        """Codes as int64 with their padding set to 0; a clear error on anything else than (B, T, Q) codes."""
-        if codes.dim() != 3 or codes.shape[-1] != self.num_quantizers:
-            raise UserError(
-                f"{what}: shape {tuple(codes.shape)}, expected (batch, frames, {self.num_quantizers} quantizers)"
-            )
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise UserError(f"{what}: codes are {codes.dtype}, expected an integer type")
-        codes, lens = codes.long(), lens.long()
-        if lens.shape != (codes.shape[0],) or int(lens.min()) < 1 or int(lens.max()) > codes.shape[1]:
-            raise UserError(
-                f"{what}: lengths {lens.tolist()[:8]}, expected {codes.shape[0]} numbers from 1 to {codes.shape[1]}"
-            )
-        codes = codes.masked_fill(~lengths_to_mask(lens, codes.shape[1])[..., None], 0)
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= self.codebook_size:
-            raise UserError(f"{what}: codes from {low} to {high}, expected 0 to {self.codebook_size - 1}")
-        return codes, lens
+        return self.check_codes(x.to(self.device), x_lens.to(self.device), "prompt x")
 
 
-def _embedding(size: int, dim: int) -> nn.Embedding:
-    table = nn.Embedding(size, dim)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
-
-
-def _prenet(dim: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.25), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.25),
-        nn.Linear(256, dim),
-    )  # fmt: skip
-
-
-def _append(x: Tensor, lens: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-    """Put `item` (B, 1, D) directly behind each row's valid frames."""
-    joined = F.pad(x, (0, 0, 0, 1))
-    index = lens.view(-1, 1, 1).expand(-1, 1, x.shape[-1])
-    return joined.scatter(1, index, item.to(joined.dtype)), lens + 1
-
-
-def _join(prompt: Tensor, prompt_lens: Tensor, target: Tensor, starts: Tensor) -> Tensor:
-    """Rows of [padding, prompt_i, target_i, padding], prompt and target without a gap.
+def _around(columns: Tensor, prefix_lens: Tensor, gap_lens: Tensor) -> Tensor:
+    """The true time of each frame of a prompt that stands on both sides of a gap.
 
     Args:
-        prompt: (B, S, D), right-padded.
-        prompt_lens: (B,).
-        target: (B, T, D), right-padded.
-        starts: (B,) column at which each row begins.
+        columns: (S,).
+        prefix_lens: (B,) frames before the gap.
+        gap_lens: (B,) of the gap.
 
     Returns:
-        (B, S + T, D).
+        (B, S).
     """
-    both = torch.cat([prompt, target], 1)
-    columns = torch.arange(both.shape[1], device=both.device) - starts[:, None]
-    gap = prompt.shape[1] - prompt_lens[:, None]
-    source = torch.where(columns < prompt_lens[:, None], columns, columns + gap).clamp(0, both.shape[1] - 1)
-    return both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
-
-
-def _infill_positions(columns: Tensor, prompt_lens: Tensor, prefix_lens: Tensor, gap_lens: Tensor) -> Tensor:
-    """The true time of each column of rows [prefix, suffix, middle]: the middle stands between the other two.
-
-    Args:
-        columns: (B, T) or (T,), counted from each row's start.
-        prompt_lens: (B,) frames of prefix and suffix.
-        prefix_lens: (B,).
-        gap_lens: (B,) positions between prefix and suffix.
-
-    Returns:
-        (B, T). Where the suffix is empty, the columns themselves.
-    """
-    prefix, prompt = prefix_lens[:, None], prompt_lens[:, None]
-    times = torch.where(columns < prompt, columns + gap_lens[:, None], columns - (prompt - prefix))
-    return torch.where(columns < prefix, columns, times)
+    return columns + (columns >= prefix_lens[:, None]) * gap_lens[:, None]
 
 
 def _check_prefix_lens(prefix_lens: Tensor, x_lens: Tensor) -> Tensor:
@@ -713,9 +513,3 @@ def _check_prefix_lens(prefix_lens: Tensor, x_lens: Tensor) -> Tensor:
             f"{x_lens.tolist()[:8]} frames"
         )
     return prefix_lens
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, int]:
-    """Sum of nats per row (B,), and the number of valid targets."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses.view(valid.shape) * valid).sum(1), int(valid.sum())

@@ -1,17 +1,19 @@
-"""Generation with an AudioLM: AR frame by frame, NAR over what the AR gave, whole or in chunks.
+"""Generation with a language model over codes: AR frame by frame, NAR over what the AR gave, whole or in chunks.
 
     prompt (S, Q) ──► ArSession: prefill, then one step a frame ──► FrameLoop draws quantizer 0
                   ──► refine: quantizers 1 … Q-1
                   ──► Generation, or audio piece by piece (Stream)
 
-Everything here works on a packed copy of the model (valle/modules/packing.py) and its `ar_logits` and `nar_logits`.
+Everything here works on a packed copy of the model (valle/modules/packing.py), by its `prefill`, `next_logits` and
+`refine_logits`, which are `ar_logits` and `nar_logits`. What else than codes a row is given (a VALL-E's text) goes with
+the row, as its `Prompts`.
 """
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from valle.codecs import Codec
 from valle.codecs.streaming import StreamDecoder
 from valle.generation.chunks import Chunks, default_chunks
-from valle.generation.decoding import FrameLoop, GuidedSession
+from valle.generation.decoding import Decoded, FrameLoop, GuidedSession
 from valle.generation.graphs import GraphedStep
+from valle.generation.patterns import PatternSession, new_frames
 from valle.generation.sampling import Sampling
 from valle.modules.cache import GraphCache
 from valle.modules.packing import packed
@@ -31,14 +34,69 @@ from valle.utils.errors import UserError
 from valle.utils.threads import ThreadTuner
 
 if TYPE_CHECKING:
-    from valle.models.audio_lm import AudioLM
+    from valle.models.codec_lm import CodecLM
 
 WINDOW_PROMPT = 0.4  # part of a window that is prompt, when a continuation is longer than the window
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Rows that are to be continued.
+
+    Attributes:
+        codes: (B, S, Q), right-padded; S may be 0 where there is text.
+        lens: (B,) frames.
+        text: (B, L) symbols or (B, L, F) notes to be read, right-padded, those of the prompt first.
+        text_lens: (B,).
+        prompt_text_lens: (B,) how much of each text belongs to the prompt, where that is known.
+        prefix_lens: (B,) for in-filling: frames before the gap; the others stand behind it.
+        gap_lens: (B,) for in-filling: frames of the gap.
+    """
+
+    codes: Tensor
+    lens: Tensor
+    text: Tensor | None = None
+    text_lens: Tensor | None = None
+    prompt_text_lens: Tensor | None = None
+    prefix_lens: Tensor | None = None
+    gap_lens: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns that the rows take in a decoder, at most."""
+        return self.codes.shape[1] + (0 if self.text is None else self.text.shape[1])
+
+    def with_codes(self, codes: Tensor, lens: Tensor) -> "Prompts":
+        """The same text behind other codes."""
+        return replace(self, codes=codes, lens=lens)
+
+    def row(self, index: int) -> "Prompts":
+        """One row, (1, …)."""
+        parts = (self.codes, self.lens, self.text, self.text_lens, self.prompt_text_lens)
+        codes, lens, *text = (None if part is None else part[index : index + 1] for part in parts)
+        assert codes is not None and lens is not None
+        return Prompts(codes, lens, *text)
+
+
+def make_prompts(
+    codes: Sequence[Tensor],
+    texts: Sequence[Tensor] | None = None,
+    prompt_text_lens: Sequence[int] | None = None,
+) -> Prompts:
+    """Rows of codes (S_i, Q) and, where the model reads any, of text (L_i,) or (L_i, F)."""
+    device = codes[0].device
+    lens = torch.tensor([len(row) for row in codes], device=device)
+    padded = pad_sequence(list(codes), batch_first=True)
+    if texts is None:
+        return Prompts(padded, lens)
+    text_lens = torch.tensor([len(row) for row in texts], device=device)
+    own = None if prompt_text_lens is None else torch.tensor(prompt_text_lens, device=device)
+    return Prompts(padded, lens, pad_sequence(list(texts), batch_first=True), text_lens, own)
+
+
 @dataclass
 class Generation:
-    """What `AudioLM.generate` returns, one entry a row.
+    """What `generate` returns, one entry a row.
 
     With several samples a prompt, the rows of prompt i are i · n … i · n + n - 1, the best first: the one whose codes
     have the highest mean log-probability.
@@ -83,38 +141,32 @@ class Generation:
 
 
 class ArSession:
-    """An AudioLM's AR decoder in the middle of generating: the `Session` of the decoding loop.
+    """A model's AR decoder in the middle of generating: the `Session` of the decoding loop.
 
     Args:
         model: a packed copy.
-        x, x_lens: prompts (B, S, Q) and (B,).
+        prompts: what is continued.
         frames: at most so many will follow.
-        prefix_lens, gap_lens: (B,) each, for in-filling, see `AudioLM.ar_logits`.
     """
 
-    def __init__(
-        self,
-        model: "AudioLM",
-        x: Tensor,
-        x_lens: Tensor,
-        frames: int,
-        prefix_lens: Tensor | None = None,
-        gap_lens: Tensor | None = None,
-    ) -> None:
-        self._model, self._x, self._x_lens = model, x, x_lens
+    def __init__(self, model: "CodecLM", prompts: Prompts, frames: int) -> None:
+        self._model = model
         self.frame_seconds: list[float] = []
-        self._cache = model.ar_decoder.new_cache(x.shape[0], x.shape[1] + int(model.prepend_bos) + frames)
+        codes = prompts.codes
+        pattern = model.pattern
+        capacity = prompts.columns + int(model.prepend_bos) + frames
+        if not pattern.plain:
+            capacity += pattern.steps(frames + codes.shape[1]) + 2
+        self._cache = model.ar_decoder.new_cache(codes.shape[0], capacity)
         with torch.inference_mode():
-            self.logits = model.ar_logits(
-                x, x_lens, x.new_zeros(x.shape[0], 0), cache=self._cache, prefix_lens=prefix_lens, gap_lens=gap_lens
-            )[:, -1]  # fmt: skip
+            self.logits = model.prefill(prompts, self._cache)  # (B, V + 1), or (B, heads, V + 1)
         self._run: Callable[[Tensor], Tensor] = self._step
         if isinstance(self._cache, GraphCache):
             self._run = GraphedStep(self._step, self._cache)
-        self._tuner = ThreadTuner() if x.device.type == "cpu" else contextlib.nullcontext()
+        self._tuner = ThreadTuner() if codes.device.type == "cpu" else contextlib.nullcontext()
 
     def _step(self, tokens: Tensor) -> Tensor:
-        return self._model.ar_logits(self._x, self._x_lens, tokens[:, None], cache=self._cache)[:, -1]
+        return self._model.next_logits(tokens[:, None], self._cache)[:, -1]
 
     def step(self, tokens: Tensor) -> None:
         """One more frame of each row: codes (A,)."""
@@ -132,45 +184,33 @@ class ArSession:
 
 
 def open_session(
-    model: "AudioLM",
-    x: Tensor,
-    x_lens: Tensor,
-    frames: int,
-    guidance_scale: float = 1.0,
-    prefix_lens: Tensor | None = None,
-    gap_lens: Tensor | None = None,
+    model: "CodecLM", prompts: Prompts, frames: int, guidance_scale: float = 1.0
 ) -> tuple[ArSession, Any]:
     """The session, and what the loop is given: itself, or guided by prompts of one frame."""
     if guidance_scale == 1.0:
-        session = ArSession(model, x, x_lens, frames, prefix_lens, gap_lens)
+        session = ArSession(model, prompts, frames)
         return session, session
-    if prefix_lens is not None:
-        raise UserError("guidance cannot be combined with in-filling; leave guidance_scale at 1")
+    if prompts.prefix_lens is not None or prompts.text is not None:
+        what = "in-filling" if prompts.text is None else "text"
+        raise UserError(f"guidance cannot be combined with {what}; leave guidance_scale at 1")
     # Without a prompt means: with its last frame alone, as --drop-prompt-prob trains it.
+    x, x_lens = prompts.codes, prompts.lens
     last = x.gather(1, (x_lens - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2]))
     pairs = torch.zeros(2 * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
     pairs[0::2], pairs[1::2, :1] = x, last
     lens = torch.stack([x_lens, torch.ones_like(x_lens)], 1).view(-1)
-    session = ArSession(model, pairs, lens, frames)
+    session = ArSession(model, Prompts(pairs, lens), frames)
     return session, GuidedSession(session, guidance_scale)
 
 
-def refine(
-    model: "AudioLM",
-    x: Tensor,
-    x_lens: Tensor,
-    tokens: Tensor,
-    lens: Tensor,
-    prefix_lens: Tensor | None = None,
-) -> Tensor:
+def refine(model: "CodecLM", prompts: Prompts, tokens: Tensor, lens: Tensor) -> Tensor:
     """Quantizers 1 … Q-1 of a continuation, the likeliest each.
 
     Args:
         model: a packed copy.
-        x, x_lens: prompts (B, S, Q) and (B,).
+        prompts: what was continued.
         tokens: (B, N) quantizer 0 of the continuations.
         lens: (B,) their frames.
-        prefix_lens: (B,), for in-filling.
 
     Returns:
         (B, N, Q) int64.
@@ -179,7 +219,7 @@ def refine(
     with torch.inference_mode():
         for quantizer in range(1, model.num_quantizers):
             if tokens.shape[1] > 0:
-                logits = model.nar_logits(x, x_lens, target, lens, quantizer, prefix_lens)
+                logits = model.refine_logits(prompts, target, lens, quantizer)
                 codes = logits.argmax(-1, keepdim=True)
             else:
                 codes = target[..., :1]
@@ -187,11 +227,14 @@ def refine(
     return target.clone()
 
 
-def refine_piece(model: "AudioLM", history: Tensor, tokens: Tensor, count: int, chunks: Chunks) -> Tensor:
+def refine_piece(
+    model: "CodecLM", prompt: Prompts, history: Tensor, tokens: Tensor, count: int, chunks: Chunks
+) -> Tensor:
     """`refine` for one row's next `count` frames.
 
     Args:
         model: a packed copy.
+        prompt: the row's, for its text.
         history: (H, Q) finished frames before them.
         tokens: (n,) quantizer 0 from the piece's start on; behind `count`, the lookahead is read.
         count: frames to finish.
@@ -203,17 +246,17 @@ def refine_piece(model: "AudioLM", history: Tensor, tokens: Tensor, count: int, 
     x = history[-chunks.context :][None]
     y = tokens[: count + chunks.lookahead][None]
     lens = [torch.tensor([part.shape[1]], device=x.device) for part in (x, y)]
-    return refine(model, x, lens[0], y, lens[1])[0, :count]
+    return refine(model, prompt.with_codes(x, lens[0]), y, lens[1])[0, :count]
 
 
 def refine_in_chunks(
-    model: "AudioLM", prompt: Tensor, tokens: Tensor, ended_by_itself: bool, chunks: Chunks
+    model: "CodecLM", prompt: Prompts, tokens: Tensor, ended_by_itself: bool, chunks: Chunks
 ) -> Tensor:
     """`refine` for one row, in the same pieces as a `Stream` would.
 
     Args:
         model: a packed copy.
-        prompt: (S, Q).
+        prompt: one row.
         tokens: (N,) quantizer 0 of the whole continuation.
         ended_by_itself: whether the model drew the end.
         chunks: the pieces.
@@ -221,12 +264,13 @@ def refine_in_chunks(
     Returns:
         (N, Q) int64.
     """
-    history, start = prompt, 0
+    length = int(prompt.lens[0])
+    history, start = prompt.codes[0, :length], 0
     for end in chunks.ends(len(tokens), ended_by_itself):
         if end > start:
-            piece = refine_piece(model, history, tokens[start:], end - start, chunks)
+            piece = refine_piece(model, prompt, history, tokens[start:], end - start, chunks)
             history, start = torch.cat([history, piece]), end
-    return history[len(prompt) :]
+    return history[length:]
 
 
 @dataclass
@@ -239,7 +283,7 @@ class Leg:
 
 
 class Generator:
-    """One call of `AudioLM.generate`: holds what stays the same over its legs, and the clock.
+    """One call of `generate`: holds what stays the same over its legs, and the clock.
 
     Args:
         model: the model itself; its packed copy is used.
@@ -251,44 +295,60 @@ class Generator:
 
     def __init__(
         self,
-        model: "AudioLM",
+        model: "CodecLM",
         dtype: str,
         sampling: Sampling,
         guidance_scale: float = 1.0,
         on_frame: Callable[[int], object] | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.model: AudioLM = packed(model, dtype)
+        self.model: CodecLM = packed(model, dtype)
         self.timings = {"pack": time.perf_counter() - started, "prefill": 0.0, "ar": 0.0, "nar": 0.0}
         self.frame_seconds: list[float] = []
         self.sampling, self.guidance_scale, self.on_frame = sampling, guidance_scale, on_frame
         self.frames_done = 0
 
     def open_loop(
-        self,
-        x: Tensor,
-        x_lens: Tensor,
-        streams: Sequence[Random],
-        frames: int | Sequence[int],
-        min_frames: int,
-        prefix_lens: Tensor | None = None,
+        self, prompts: Prompts, streams: Sequence[Random], frames: int | Sequence[int], min_frames: int
     ) -> FrameLoop:
         """Prefill; the loop then draws."""
         longest = frames if isinstance(frames, int) else max(frames)
         check_frames(longest, min_frames)
-        gap_lens = None
-        if prefix_lens is not None:
-            gap_lens = torch.as_tensor(frames, device=x.device).expand(x.shape[0])
+        if prompts.prefix_lens is not None:
+            gap_lens = torch.as_tensor(frames, device=prompts.lens.device).expand(len(prompts.lens))
+            prompts = replace(prompts, gap_lens=gap_lens)
         with self.clock("prefill"):
-            session, guided = open_session(
-                self.model, x, x_lens, longest, self.guidance_scale, prefix_lens, gap_lens
-            )
+            session, guided = open_session(self.model, prompts, longest, self.guidance_scale)
         session.frame_seconds = self.frame_seconds
-        before = self.frames_done
+        before, pattern = self.frames_done, self.model.pattern
+        if pattern.plain:
+            return FrameLoop(
+                guided, self.model.eos, self.sampling, streams, frames, min_frames,
+                lambda done: self._count(before + done),
+            )  # fmt: skip
+        self._check_pattern(prompts)
+        limits = [frames] * len(streams) if isinstance(frames, int) else list(frames)
+        drawn = PatternSession(session, pattern, self.spoken_prompts(prompts), limits, min_frames)
+        share = longest / max(drawn.draws(row) for row in range(len(limits)))
         return FrameLoop(
-            guided, self.model.eos, self.sampling, streams, frames, min_frames,
-            lambda done: self._count(before + done),
+            drawn, drawn.eos, self.sampling, streams, [drawn.draws(row) for row in range(len(limits))], 0,
+            lambda done: self._count(before + min(longest, round(done * share))),
         )  # fmt: skip
+
+    def spoken_prompts(self, prompts: Prompts) -> list[Tensor]:
+        """(P, Q) of each row: the codes that the AR decoder has said already, as steps."""
+        if prompts.text is None:  # an AudioLM's stand in the prefix
+            return [prompts.codes[0, :0] for _ in prompts.lens]
+        return [row[:n] for row, n in zip(prompts.codes, prompts.lens.tolist(), strict=True)]
+
+    def _check_pattern(self, prompts: Prompts) -> None:
+        """Raises a UserError for what is not there with several codes a step."""
+        name, sampling = self.model.pattern.name, self.sampling
+        if self.guidance_scale != 1.0:
+            raise UserError(f"guidance needs a model with pattern valle and groups of 1, this one has {name}")
+        repeats = sampling.repetition_penalty != 1.0 or sampling.repetition_aware or sampling.stop_repetition
+        if repeats and name != "valle":
+            raise UserError(f"what looks at repetition needs a model with pattern valle, this one has {name}")
 
     def _count(self, done: int) -> None:
         self.frames_done = done
@@ -306,52 +366,82 @@ class Generator:
 
     def leg(
         self,
-        x: Tensor,
-        x_lens: Tensor,
+        prompts: Prompts,
         streams: Sequence[Random],
         frames: int | Sequence[int],
         min_frames: int,
-        prefix_lens: Tensor | None = None,
         chunks: Chunks | None = None,
     ) -> Leg:
-        """Continue prompts (B, S, Q) by up to `frames` frames."""
-        loop = self.open_loop(x, x_lens, streams, frames, min_frames, prefix_lens)
+        """Continue prompts by up to `frames` frames."""
+        loop = self.open_loop(prompts, streams, frames, min_frames)
         with self.clock("ar"):
             loop.advance()
             first = loop.result()
+        if not self.model.pattern.plain:
+            return self._unfold(prompts, first, frames)
         lens = first.lens.tolist()
         with self.clock("nar"):
             if chunks is None:
-                whole = refine(self.model, x, x_lens, first.tokens, first.lens, prefix_lens)
+                whole = refine(self.model, prompts, first.tokens, first.lens)
                 targets = [row[:n] for row, n in zip(whole, lens, strict=True)]
             else:
                 targets = [
-                    refine_in_chunks(self.model, x[i, : int(x_lens[i])], first.tokens[i, :n], reason == "eos", chunks)
+                    refine_in_chunks(self.model, prompts.row(i), first.tokens[i, :n], reason == "eos", chunks)
                     for i, (n, reason) in enumerate(zip(lens, first.finish_reasons, strict=True))
-                ]  # fmt: skip
+                ]
         log_probs = [row[:n].clone() for row, n in zip(first.log_probs, lens, strict=True)]
         return Leg(targets, first.finish_reasons, log_probs)
+
+    def _unfold(self, prompts: Prompts, first: Decoded, frames: int | Sequence[int]) -> Leg:
+        """A leg of the draws of steps."""
+        pattern = self.model.pattern
+        limits = [frames] * len(first.finish_reasons) if isinstance(frames, int) else list(frames)
+        targets, log_probs, reasons = [], [], []
+        for row, prompt in enumerate(self.spoken_prompts(prompts)):
+            n = int(first.lens[row])
+            draws, chances = first.tokens[row, :n], first.log_probs[row, :n]
+            codes, probs = new_frames(pattern, prompt, draws, chances, limits[row])
+            targets.append(codes)
+            log_probs.append(probs)
+            cut = len(codes) == limits[row] and first.finish_reasons[row] != "repetition"
+            reasons.append("length" if cut else first.finish_reasons[row])
+        if pattern.has_nar:
+            with self.clock("nar"):
+                lens = torch.tensor([len(codes) for codes in targets], device=prompts.lens.device)
+                tokens = pad_sequence([codes[:, 0] for codes in targets], batch_first=True)
+                whole = refine(self.model, prompts, tokens, lens)
+                targets = [row[:n] for row, n in zip(whole, lens.tolist(), strict=True)]
+        return Leg(targets, reasons, log_probs)
 
     def run(
         self,
         prompts: list[Tensor],
         streams: Sequence[Random],
-        frames: int,
+        frames: int | Sequence[int],
         min_frames: int,
         window: int | None = None,
         chunks: Chunks | None = None,
+        texts: Sequence[Tensor] | None = None,
+        prompt_text_lens: Sequence[int] | None = None,
     ) -> Generation:
-        """Continue prompts (S_i, Q), in one leg, or in as many as the window asks for."""
-        check_frames(frames, min_frames)
+        """Continue prompts (S_i, Q), in one leg, or in as many as the window asks for.
+
+        Args:
+            frames: at most so many new ones; with texts, also one number a row.
+            texts: what each row reads, (L_i,) or (L_i, F); then there is no window.
+            prompt_text_lens: how much of each is the prompt's.
+        """
+        most = frames if isinstance(frames, int) else max(frames)
+        check_frames(most, min_frames)
         rows = list(range(len(prompts)))
         codes, reasons = list(prompts), ["length"] * len(prompts)
         log_probs = [torch.zeros(0, device=self.model.device) for _ in prompts]
         done = 0
-        for room, new in legs(frames, window):
+        for room, new in legs(most, window):
             parts = [codes[row] if room is None else codes[row][-room:] for row in rows]
-            lens = torch.tensor([len(part) for part in parts], device=self.model.device)
             leg = self.leg(
-                pad_sequence(parts, batch_first=True), lens, [streams[row] for row in rows], new,
+                make_prompts(parts, texts, prompt_text_lens),
+                [streams[row] for row in rows], new if isinstance(frames, int) else frames,
                 max(0, min(new, min_frames - done)), chunks=chunks,
             )  # fmt: skip
             for index, row in enumerate(rows):
@@ -402,10 +492,10 @@ class Stream:
     Args:
         generator: settings and clock.
         codec: turns codes into audio.
-        prompt: (S, Q) codes.
+        prompt: one row.
         stream: the row's random numbers.
         frames, min_frames: at most and at least so many new frames.
-        window: see `AudioLM.generate`.
+        window: see `AudioLM.generate`; for prompts without text.
         chunks: the pieces.
 
     Attributes:
@@ -416,7 +506,7 @@ class Stream:
         self,
         generator: Generator,
         codec: Codec,
-        prompt: Tensor,
+        prompt: Prompts,
         stream: Random,
         frames: int,
         min_frames: int,
@@ -425,6 +515,8 @@ class Stream:
     ) -> None:
         if generator.sampling.stop_repetition:
             raise UserError("stop_repetition takes back frames, which a stream cannot; leave it at 0")
+        if not generator.model.pattern.plain:
+            raise UserError("a stream needs a model with pattern valle and groups of 1")
         check_frames(frames, min_frames)
         self._generator, self._codec, self._prompt, self._stream = generator, codec, prompt, stream
         self._frames, self._min_frames, self._window, self._chunks = frames, min_frames, window, chunks
@@ -433,15 +525,17 @@ class Stream:
     def __iter__(self) -> Iterator[Tensor]:
         """Yields (C, n) float32 samples at the codec's sample rate; joined, they are the continuation."""
         decoder = StreamDecoder(self._codec)
-        decoder.prime(self._prompt)
-        codes, log_probs, reason, done = self._prompt, [], "length", 0
+        given = self._prompt.codes[0]
+        if len(given):
+            decoder.prime(given)
+        codes, log_probs, reason, done = given, [], "length", 0
         generator, chunks = self._generator, self._chunks
         for room, new in legs(self._frames, self._window):
-            x = (codes if room is None else codes[-room:])[None]
-            lens = torch.tensor([x.shape[1]], device=x.device)
+            part = codes if room is None else codes[-room:]
+            prompt = self._prompt.with_codes(part[None], torch.tensor([len(part)], device=part.device))
             least = max(0, min(new, self._min_frames - done))
-            loop = generator.open_loop(x, lens, [self._stream], new, least)
-            running, start, history = True, 0, x[0]
+            loop = generator.open_loop(prompt, [self._stream], new, least)
+            running, start, history = True, 0, part
             while running:
                 with generator.clock("ar"):
                     running = loop.advance(chunks.frames)
@@ -451,7 +545,7 @@ class Stream:
                 with generator.clock("nar"):
                     known = loop.done if running else end  # behind the end is nothing
                     tokens = loop.tokens[0, start:known]
-                    piece = refine_piece(generator.model, history, tokens, end - start, chunks)
+                    piece = refine_piece(generator.model, prompt, history, tokens, end - start, chunks)
                 codes, history, start = torch.cat([codes, piece]), torch.cat([history, piece]), end
                 wav = decoder.push(piece)
                 if wav.shape[1]:
@@ -462,11 +556,14 @@ class Stream:
             if reason != "length":
                 break
         self.generation = Generation(
-            [codes], [len(self._prompt)], [reason], [torch.cat(log_probs)], generator.timings, generator.frame_seconds
+            [codes], [len(given)], [reason], [torch.cat(log_probs)], generator.timings, generator.frame_seconds
         )  # fmt: skip
         rest = decoder.flush()
         if rest.shape[1]:
             yield rest
 
 
-__all__ = ["ArSession", "Chunks", "Generation", "Generator", "Stream", "default_chunks", "legs", "refine"]
+__all__ = [
+    "ArSession", "Chunks", "Generation", "Generator", "Prompts", "Stream", "default_chunks", "legs", "make_prompts",
+    "refine",
+]  # fmt: skip

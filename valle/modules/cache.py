@@ -1,11 +1,21 @@
 """Keys and values of a decoder, kept while it generates: allocated once, read only up to what is filled."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from valle.modules.masks import prefix_causal_mask
 
 BUCKET = 128  # columns by which a `GraphCache` grows what it reads
+
+
+class Memory(NamedTuple):
+    """What a layer's cross-attention reads: keys and values (rows, H, M, d), and which of them there are."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None  # (rows, 1, 1, M)
 
 
 class Cache:
@@ -20,6 +30,7 @@ class Cache:
         length: columns filled so far.
         starts, prompt_lens, position_shift: (rows,) int64.
         ragged: whether rows begin at different columns.
+        memories: what each layer's cross-attention reads, once there is any.
     """
 
     layers: list
@@ -31,6 +42,7 @@ class Cache:
         self.prompt_lens = torch.zeros(batch, dtype=torch.long, device=device)
         self.position_shift = torch.zeros(batch, dtype=torch.long, device=device)
         self.ragged = False
+        self.memories: list[Memory] | None = None
 
     def place(self, starts: Tensor, prompt_lens: Tensor) -> None:
         """Say where rows begin and how long their prompts are, (rows,) each."""
@@ -65,6 +77,11 @@ class Cache:
         for name in ("starts", "prompt_lens", "position_shift"):
             values = getattr(self, name)
             setattr(self, name, values[order])
+        if self.memories is not None:
+            self.memories = [
+                Memory(key[order], value[order], None if mask is None else mask[order])
+                for key, value, mask in self.memories
+            ]
         self.rows = last
 
 

@@ -19,6 +19,33 @@ def sum_embeddings(tables: Sequence[nn.Module], codes: Tensor) -> Tensor:
     return total
 
 
+class FieldEmbedding(nn.Module):
+    """Things of several fields, (B, S, F) ids -> (B, S, D).
+
+    Args:
+        sizes: ids of each field.
+        dim: D.
+        field_dims: widths of the fields' tables, which are put side by side and projected (default: all have width D
+            and are added up).
+    """
+
+    def __init__(self, sizes: Sequence[int], dim: int, field_dims: Sequence[int] | None = None) -> None:
+        super().__init__()
+        dims = [dim] * len(sizes) if field_dims is None else list(field_dims)
+        if len(dims) != len(sizes):
+            raise ValueError(f"{len(sizes)} fields, but {len(dims)} widths")
+        tables = [nn.Embedding(size, width) for size, width in zip(sizes, dims, strict=True)]
+        for table in tables:
+            nn.init.normal_(table.weight, std=0.02)
+        self.tables = nn.ModuleList(tables)
+        self.project = nn.Linear(sum(dims), dim) if field_dims is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.project is None:
+            return sum_embeddings(list(self.tables), x)
+        return self.project(torch.cat([table(x[..., i]) for i, table in enumerate(self.tables)], -1))
+
+
 class SinePositions(nn.Module):
     """Adds alpha · sinusoid(position) to (B, T, D); alpha is learned."""
 

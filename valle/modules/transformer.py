@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from valle.modules import cpu
 from valle.modules.bags import BagCache, BagLayer
-from valle.modules.cache import Cache, GraphCache, KVCache, LayerCache
-from valle.modules.embeddings import RotaryPositions, SinePositions, rotate
+from valle.modules.cache import Cache, GraphCache, KVCache, LayerCache, Memory
+from valle.modules.embeddings import RotaryPositions, rotate
+from valle.modules.masks import lengths_to_mask
 
 Rotation = tuple[Tensor, Tensor]
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -112,6 +115,40 @@ class SelfAttention(nn.Module):
         return torch.stack([query, key, value], -3)
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention to a memory, (B, T, D) and (B, M, D) -> (B, T, D).
+
+    Args:
+        dim, nhead: width and heads.
+        dropout: of attention's weights.
+    """
+
+    def __init__(self, dim: int, nhead: int, dropout: float) -> None:
+        super().__init__()
+        self.nhead, self.dropout = nhead, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def read(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, D) -> keys and values, (B, H, M, d)."""
+        dim = memory.shape[-1]
+        both = _linear(memory, self.in_proj_weight[dim:], self.in_proj_bias[dim:])
+        key, value = both.view(*memory.shape[:-1], 2, self.nhead, dim // self.nhead).permute(2, 0, 3, 1, 4)
+        return key, value
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        batch, time, dim = x.shape
+        query = _linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        query = query.view(batch, time, self.nhead, dim // self.nhead).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            query, memory.key, memory.value, memory.mask, self.dropout if self.training else 0.0
+        )
+        return self.out_proj(out.transpose(1, 2).reshape(batch, time, dim))
+
+
 class AdaptiveLayerNorm(nn.Module):
     """Layer normalization whose weight and bias come from a condition (B, 1, D)."""
 
@@ -152,6 +189,7 @@ class TransformerLayer(nn.Module):
         activation: str,
         qk_norm: bool,
         attention_dropout: float,
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
@@ -162,6 +200,9 @@ class TransformerLayer(nn.Module):
         self.dropout = Dropout(dropout)
         norm = AdaptiveLayerNorm if adaptive else PlainLayerNorm
         self.norm1, self.norm2 = norm(dim), norm(dim)
+        self.multihead_attn: CrossAttention | None = None
+        if cross_attention:
+            self.multihead_attn, self.norm3 = CrossAttention(dim, nhead, attention_dropout), norm(dim)
 
     def forward(
         self,
@@ -171,11 +212,18 @@ class TransformerLayer(nn.Module):
         cache: LayerCache | BagLayer | None,
         condition: Tensor | None,
         rows: cpu.Rows | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         if self.norm_first:
             x = x + self.dropout(self.self_attn(self.norm1(x, condition, rows), mask, rotation, cache, rows))
+            if self.multihead_attn is not None:
+                x = x + self.dropout(self.multihead_attn(self.norm2(x, condition), memory))
+                return x + self._feed_forward(self.norm3(x, condition))
             return x + self._feed_forward(self.norm2(x, condition, rows))
         x = self.norm1(x + self.dropout(self.self_attn(x, mask, rotation, cache, rows)), condition, rows)
+        if self.multihead_attn is not None:
+            x = self.norm2(x + self.dropout(self.multihead_attn(x, memory)), condition)
+            return self.norm3(x + self._feed_forward(x), condition)
         return self.norm2(x + self._feed_forward(x), condition, rows)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -190,10 +238,11 @@ class Transformer(nn.Module):
         dropout: of embeddings, attention's output and feed-forward.
         norm_first: pre-norm, with a final normalization.
         adaptive: normalizations take a condition (B, 1, D).
-        position: "rope" turns queries and keys, "sine" adds sinusoids to the input.
+        position: "rope" turns queries and keys; with "none", positions are in the input already.
         activation: "gelu" or "relu".
         qk_norm: normalize queries and keys.
         attention_dropout: of attention's weights.
+        cross_attention: between self-attention and feed-forward, layers read a memory.
     """
 
     # In training: compute each layer's activations a second time, in backward, instead of keeping them.
@@ -212,6 +261,7 @@ class Transformer(nn.Module):
         activation: str = "gelu",
         qk_norm: bool = False,
         attention_dropout: float = 0.0,
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
         if dim % nhead or (position == "rope" and dim // nhead % 2):
@@ -221,12 +271,20 @@ class Transformer(nn.Module):
         self.packed_dtype: str | None = None
         self.stepper: Callable[[Tensor, Tensor, BagCache], Tensor]
         self.rotary = RotaryPositions(self.head_dim) if position == "rope" else None
-        self.sine = SinePositions(dim) if position == "sine" else None
+        self.cross_attention = cross_attention
         self.dropout = Dropout(dropout)
         # Each layer draws its own weights: a list of copies would start them all identical.
         self.layers: Sequence[TransformerLayer] = nn.ModuleList(  # type: ignore[assignment]
             TransformerLayer(
-                dim, nhead, dropout, norm_first, adaptive, activation, qk_norm, attention_dropout
+                dim,
+                nhead,
+                dropout,
+                norm_first,
+                adaptive,
+                activation,
+                qk_norm,
+                attention_dropout,
+                cross_attention,
             )
             for _ in range(num_layers)
         )
@@ -242,7 +300,7 @@ class Transformer(nn.Module):
         """An empty cache for `capacity` columns."""
         sizes = (len(self.layers), batch, self.nhead, capacity, self.head_dim)
         like = next(self.parameters())
-        if self.packed_dtype is None or like.device.type not in ("cpu", "cuda"):
+        if self.packed_dtype is None or self.cross_attention or like.device.type not in ("cpu", "cuda"):
             return KVCache(*sizes, like)
         if like.device.type == "cuda":
             return GraphCache(*sizes, like.to(torch.bfloat16 if self.packed_dtype == "bf16" else like.dtype))
@@ -256,6 +314,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         condition: Tensor | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) at `positions` (B, T) or (T,) -> (B, T, D); with a cache, T new frames behind those it holds.
 
@@ -264,9 +323,8 @@ class Transformer(nn.Module):
             condition: (B, 1, D) for adaptive normalization.
             rows: frames of each row from column 0 on, and how many of them see one another, (B,) each: the same as the
                 mask says. With it, what trains on a CPU computes no padding; outputs there are zeros.
+            memory: for cross-attention, (B, M, D) and its lengths (B,); a cache keeps what layers read of it.
         """
-        if self.sine is not None:
-            x = self.sine(x, positions)
         if isinstance(cache, BagCache) and cache.length > 0:
             return self.stepper(x, positions, cache)
         if (
@@ -274,15 +332,36 @@ class Transformer(nn.Module):
             and cache is None
             and self.packed_dtype is None
             and self.by_rows
+            and not self.cross_attention
             and cpu.serves(x)
         ):
             return self._over_rows(x, positions, condition, cpu.Rows(rows[0].tolist(), rows[1].tolist()))
         rotation = self.rotary(positions) if self.rotary is not None else None
         x = self.dropout(x)
         mask = mask() if callable(mask) else mask
+        memories = self._memories(memory, cache) if self.cross_attention else [None] * len(self.layers)
         for index, layer in enumerate(self.layers):
-            x = self._run(layer, x, mask, rotation, cache.layers[index] if cache else None, condition)
+            kept = cache.layers[index] if cache else None
+            x = self._run(layer, x, mask, rotation, kept, condition, None, memories[index])
         return x if self.norm is None else self.norm(x, condition)
+
+    def _memories(self, memory: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Sequence[Memory | None]:
+        """What each layer reads of the memory, from the cache where that has it."""
+        if memory is None:
+            if cache is None or cache.memories is None:
+                raise ValueError("cross-attention needs a memory, or a cache that keeps one")
+            return cache.memories
+        x, lens = memory
+        mask = None
+        if int(lens.min()) < x.shape[1]:
+            mask = lengths_to_mask(lens, x.shape[1])[:, None, None]
+        found = []
+        for layer in self.layers:
+            assert layer.multihead_attn is not None
+            found.append(Memory(*layer.multihead_attn.read(x), mask))
+        if cache is not None:
+            cache.memories = found
+        return found
 
     def _over_rows(self, x: Tensor, positions: Tensor, condition: Tensor | None, rows: cpu.Rows) -> Tensor:
         """`forward` over the valid frames alone, (N, D), one row behind the other."""

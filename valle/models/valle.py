@@ -1,0 +1,591 @@
+"""VALL-E: text, or the notes of a MIDI performance, to audio, on neural-codec tokens.
+
+    text (B, S) ──► AR decoder: [text | quantizer 0 of prompt and target], frame by frame; full attention inside the
+                    text, causal behind it, the first frame predicted from the text
+                ──► NAR decoder: [text | prompt | target], quantizer q = 1 … Q-1 of all target frames at once
+
+A prompt is a recording whose voice, or whose piano and room, is to be gone on with; its own text stands before the text
+to be said. Decoders, losses and generation are those of `CodecLM`.
+
+Sources: VALL-E (arXiv 2301.02111, section 4.2 and, for prompts in training, 5.1); MIDI-VALLE (arXiv 2507.08530) for
+notes in the place of text. VALL-F, of the open implementations, reads the text by cross-attention.
+
+Shapes: B batch, S symbols or notes, F fields of a note, P prompt frames, T frames, Q quantizers, V codebook size, D
+width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from valle.codecs import Codec
+from valle.generation.chunks import Chunks, default_chunks
+from valle.generation.sampling import Sampling, make_streams
+from valle.models.codec_lm import (
+    CodecLM,
+    LossOutput,
+    Metrics,
+    Part,
+    StageLoss,
+    check_reduction,
+    new_embedding,
+)
+from valle.models.generating import Generation, Generator, Prompts, Stream, make_prompts
+from valle.modules.cache import Cache
+from valle.modules.embeddings import FieldEmbedding
+from valle.modules.masks import lengths_to_mask
+from valle.utils.errors import UserError
+
+PREFIX_MODES = (0, 1, 2, 4)
+FRAMES_PER_SYMBOL = 16  # at most, where nobody says how long a text may last
+
+
+class VALLE(CodecLM):
+    """Text or notes to audio, with an autoregressive and a non-autoregressive decoder.
+
+    What the NAR decoder is given as prompt in training (`prefix_mode`): 0 nothing; 1 the utterance's own beginning; 2 a
+    stretch of the utterance, which is then no target; 4 another utterance of the same recording (`y_prompts_codes`).
+
+    Args:
+        d_model, nhead, num_layers, norm_first, add_prenet, share_embedding, nar_scale_factor, prepend_bos,
+            num_quantizers, dropout, position, activation, qk_norm, attention_dropout, codebook_size, audio_from_zero,
+            nar_num_layers, pattern, group_size: see `AudioLM`.
+        prefix_mode: see above.
+        text_sizes: ids of the text's symbols, one number; of notes, one number a field.
+        field_dims: of notes: widths of the fields' embeddings, which are then put side by side and projected, as
+            MIDI-VALLE does (default: all have width D and are added up).
+        prefix_frames: longest prompt in training.
+        text_ends: texts begin and end with a symbol, or a row, of their own.
+        time_fields: of notes: which fields say when a note begins, as (column, first id, steps a second); their sum is
+            its place in time.
+        frame_rate: of the codes in Hz. With `time_fields`, notes and audio then share one clock: both have positions in
+            frames from the beginning of the recording on.
+    """
+
+    reads = "prefix"
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        num_layers: int,
+        norm_first: bool = True,
+        add_prenet: bool = False,
+        prefix_mode: int = 0,
+        share_embedding: bool = True,
+        nar_scale_factor: float = 1.0,
+        prepend_bos: bool = False,
+        num_quantizers: int = 8,
+        *,
+        text_sizes: int | Sequence[int] = 512,
+        codebook_size: int = 1024,
+        dropout: float = 0.1,
+        position: str = "rope",
+        activation: str = "gelu",
+        qk_norm: bool = False,
+        attention_dropout: float = 0.0,
+        audio_from_zero: bool = False,
+        nar_num_layers: int | None = None,
+        field_dims: Sequence[int] | None = None,
+        prefix_frames: int = 225,
+        text_ends: bool = False,
+        time_fields: Sequence[tuple[int, int, float]] = (),
+        frame_rate: float | None = None,
+        pattern: str = "valle",
+        group_size: int = 1,
+    ) -> None:
+        if prefix_mode not in PREFIX_MODES:
+            raise ValueError(f"prefix_mode is {prefix_mode}, expected one of {PREFIX_MODES}")
+        if bool(time_fields) != (frame_rate is not None):
+            raise ValueError("time_fields and frame_rate belong together")
+        super().__init__(
+            d_model, nhead, num_layers, norm_first, add_prenet, num_quantizers, nar_scale_factor, prepend_bos,
+            codebook_size, share_embedding and not prepend_bos, dropout, position, activation, qk_norm,
+            attention_dropout, audio_from_zero or bool(time_fields), nar_num_layers, self.reads == "memory",
+            pattern, group_size,
+        )  # fmt: skip
+        self.prefix_mode, self.prefix_frames, self.text_ends = prefix_mode, prefix_frames, text_ends
+        self.time_fields, self.note_rate = tuple(time_fields), frame_rate
+        self.text_sizes = (text_sizes,) if isinstance(text_sizes, int) else tuple(text_sizes)
+        self.reads_notes = not isinstance(text_sizes, int)
+        self.ar_text_embedding = _text_embedding(text_sizes, d_model, field_dims)
+        self.ar_text_prenet = TextPrenet(d_model) if add_prenet else None
+        if self.pattern.has_nar:
+            self.nar_text_embedding = _text_embedding(text_sizes, self.nar_dim, field_dims)
+            self.nar_text_prenet = TextPrenet(self.nar_dim) if add_prenet else None
+
+    # ------------------------------------------------------------------ logits
+
+    def _text(self, x: Tensor, x_lens: Tensor, decoder: str) -> Part:
+        """The text as a part of a decoder's input."""
+        embedding, prenet, position = (
+            getattr(self, f"{decoder}_{name}")
+            for name in ("text_embedding", "text_prenet", "prefix_position")
+        )
+        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        if self.note_rate is not None:
+            seconds = torch.zeros(x.shape[:2], device=x.device)
+            for column, first, steps in self.time_fields:
+                seconds = seconds + (x[..., column] - first).clamp(min=0) / steps
+            # Where audio goes on in steps of another length than a frame, so do the notes.
+            positions = seconds * self.note_rate * (self.pattern.steps_per_frame if decoder == "ar" else 1.0)
+        text = embedding(x)
+        if prenet is not None:
+            text = prenet(text, x_lens)
+        return Part(text if position is None else position(text, positions), x_lens, positions)
+
+    def ar_logits(
+        self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits of quantizer 0 for each frame, given the text and the frames before it.
+
+        Args:
+            x: (B, S) text or (B, S, F) notes.
+            x_lens: (B,).
+            y: (B, T) codes of quantizer 0, or (B, T, K) ids of the pattern's steps, those of the prompt first; T may be
+                0. With a filled cache, new ones only.
+            y_lens: (B,) frames (default: T each).
+            cache: where keys and values are kept, from `new_cache`.
+
+        Returns:
+            (B, T + 1, V + 1): for frame 0 … T, the last one what follows y; index V is the end. With an empty cache the
+            last of these only, with a filled one (B, T, V + 1): what follows each new frame.
+        """
+        if cache is not None and cache.length > 0:
+            return self.next_logits(y, cache)
+        text = self._text(x, x_lens, "ar")
+        return self._run_ar(self._prefix(text), y, y_lens, cache, memory=self._memory(text))
+
+    def nar_logits(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor,
+        quantizer: int | Tensor,
+        prompt: Tensor | None = None,
+        prompt_lens: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of one quantizer for all target frames, given text, prompt and the target's lower quantizers.
+
+        Args:
+            x, x_lens: text, as for `ar_logits`.
+            y: (B, T, Q' ≤ Q) target codes; only quantizers below `quantizer` are read.
+            y_lens: (B,).
+            quantizer: 1 … Q-1, or one a row, (B,).
+            prompt: (B, P, Q) codes that stand before the target (default: none).
+            prompt_lens: (B,).
+
+        Returns:
+            (B, T, V).
+        """
+        text = self._text(x, x_lens, "nar")
+        prefix = self._prefix(text)
+        first = torch.zeros_like(y_lens) if self.audio_from_zero else prefix.lens
+        parts = [prefix]
+        if prompt is not None and prompt_lens is not None:
+            parts.append(
+                self._nar_prompt(
+                    prompt, prompt_lens, first[:, None] + torch.arange(prompt.shape[1], device=y.device)
+                )
+            )
+            first = first + prompt_lens
+        positions = first[:, None] + torch.arange(y.shape[1], device=y.device)
+        return self._run_nar(parts, y, y_lens, positions, quantizer, self._memory(text))
+
+    def _prefix(self, text: Part) -> Part:
+        """What stands before the audio."""
+        return text
+
+    def _memory(self, text: Part) -> tuple[Tensor, Tensor] | None:
+        """What cross-attention reads."""
+        return None
+
+    def prefill(self, prompts: Prompts, cache: Cache) -> Tensor:
+        """Fill a cache with texts and prompts -> (B, V + 1) of the first new frame."""
+        assert prompts.text is not None and prompts.text_lens is not None
+        tokens, lens = prompts.codes[..., 0], prompts.lens
+        if not self.pattern.plain:
+            tokens = self.pattern.inputs(*self.pattern.targets(prompts.codes, lens))
+            lens = self.pattern.whole_steps(lens)
+            tokens = tokens[:, : int(lens.max())]
+        return self.ar_logits(prompts.text, prompts.text_lens, tokens, lens, cache)[:, -1]
+
+    def refine_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
+        """(B, T, V) of one quantizer of what was generated behind prompts."""
+        assert prompts.text is not None and prompts.text_lens is not None
+        text, text_lens = prompts.text, prompts.text_lens
+        if self.prefix_mode == 0:
+            # Training has shown the NAR decoder no prompt: it is a beginning whose lower quantizers are known.
+            known = prompts.codes[..., : y.shape[2]]
+            both = join_codes(known, prompts.lens, y, y_lens)
+            logits = self.nar_logits(text, text_lens, both, prompts.lens + y_lens, quantizer)
+            frames = prompts.lens[:, None] + torch.arange(y.shape[1], device=y.device)
+            frames = frames.clamp(max=logits.shape[1] - 1)
+            return logits.gather(1, frames[..., None].expand(-1, -1, logits.shape[-1]))
+        if self.prefix_mode in (2, 4) and prompts.prompt_text_lens is not None:
+            # The prompt's own text is not read then: in training, there was none.
+            text, text_lens = without_prompt_text(text, text_lens, prompts.prompt_text_lens, self.text_ends)
+        return self.nar_logits(text, text_lens, y, y_lens, quantizer, prompts.codes, prompts.lens)
+
+    # ---------------------------------------------------------------- training
+
+    def forward(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor,
+        reduction: str = "sum",
+        train_stage: int = 0,
+        y_prompts_codes: Tensor | None = None,
+        y_prompts_lens: Tensor | None = None,
+    ) -> LossOutput:
+        """Loss of a batch.
+
+        In training, the NAR stage draws a quantizer and a prompt for each row; in evaluation it goes through all
+        quantizers and takes prompts of fixed length, so that a validation loss does not depend on a draw.
+
+        Args:
+            x: (B, S) text or (B, S, F) notes.
+            x_lens: (B,).
+            y: (B, T, Q) codes of the utterance, any integer type.
+            y_lens: (B,).
+            reduction: "sum", "mean" over targets, or "none" for one sum a row, (B,).
+            train_stage: 0 both decoders, 1 AR only, 2 NAR only.
+            y_prompts_codes: (B, P, Q) of other utterances of the same recordings, for prefix_mode 4.
+            y_prompts_lens: (B,) (default: P each).
+
+        Raises:
+            UserError: codes or text of the wrong shape or range, lengths that do not fit, no prompts in prefix_mode 4.
+        """
+        check_reduction(reduction)
+        x, x_lens = self.check_text(x, x_lens)
+        y, y_lens = self.check_codes(y, y_lens, "target y")
+        rows = torch.zeros(x.shape[0], device=x.device)
+        predictions: dict[str, Tensor] = {}
+        metrics: Metrics = {}
+        count = 0
+        if train_stage in (0, 1):
+            logits, losses, number = self._ar_stage(
+                lambda tokens, lens: self.ar_logits(x, x_lens, tokens, lens),
+                *(y, y_lens, torch.ones_like(y_lens), self.first_frame, metrics),
+            )
+            predictions["ar"], rows, count = logits, rows + losses, count + number
+        if train_stage in (0, 2) and self.pattern.has_nar:
+            prompt, prompt_lens, target, target_lens, valid = self._draw_prompts(
+                y, y_lens, y_prompts_codes, y_prompts_lens
+            )
+            for quantizer in self._nar_quantizers(x.shape[0], x.device):
+                logits = self.nar_logits(x, x_lens, target, target_lens, quantizer, prompt, prompt_lens)
+                losses, number = self._nar_loss(logits, target, valid, quantizer, metrics)
+                predictions["nar"], rows, count = logits, rows + losses, count + number
+        return self._output(predictions, rows, count, metrics, reduction, train_stage)
+
+    @property
+    def first_frame(self) -> bool:
+        """Whether something stands before the first frame that it can be predicted from."""
+        return True
+
+    def _draw_prompts(
+        self, y: Tensor, y_lens: Tensor, other: Tensor | None, other_lens: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+        """Prompts and targets of the NAR decoder, and which target frames count; see `prefix_mode`."""
+        valid = lengths_to_mask(y_lens, y.shape[1])
+        if self.prefix_mode == 0:
+            return None, None, y, y_lens, valid
+        if self.prefix_mode == 4:
+            if other is None:
+                raise UserError(
+                    "prefix_mode 4 takes a prompt from another utterance: y_prompts_codes is missing"
+                )
+            if other_lens is None:
+                other_lens = torch.full_like(y_lens, other.shape[1])
+            prompt, prompt_lens = self.check_codes(other, other_lens, "y_prompts_codes")
+            return prompt, prompt_lens, y, y_lens, valid
+        draw = (torch.rand(2, len(y_lens)) if self.training else torch.full((2, len(y_lens)), 0.5)).to(
+            y.device
+        )
+        if self.prefix_mode == 1:  # from a quarter to a half of it
+            lens = (y_lens * (0.25 + 0.25 * draw[0])).long().clamp(max=self.prefix_frames)
+            lens = torch.minimum(lens, y_lens - 1)
+            prompt, target = take(y, torch.zeros_like(lens), lens), take(y, lens, y_lens - lens)
+            return prompt, lens, target, y_lens - lens, lengths_to_mask(y_lens - lens, target.shape[1])
+        lens = (y_lens // 4).clamp(max=self.prefix_frames)
+        starts = ((y_lens - lens + 1) * draw[1]).long()
+        columns = torch.arange(y.shape[1], device=y.device)
+        inside = (columns >= starts[:, None]) & (columns < (starts + lens)[:, None])
+        return take(y, starts, lens), lens, y, y_lens, valid & ~inside
+
+    def compute_loss(self, batch: dict[str, Any], stage: int) -> StageLoss:
+        """For the engine: batch with x, x_lens, y, y_lens and, for prefix_mode 4, prompts and prompts_lens."""
+        _, loss, metrics = self(
+            batch["x"], batch["x_lens"], batch["y"], batch["y_lens"], "sum", stage,
+            batch.get("prompts"), batch.get("prompts_lens"),
+        )  # fmt: skip
+        count = sum(metrics[name][1] for name in ("ArLoss", "NarLoss") if name in metrics)
+        return StageLoss(loss, count, metrics)
+
+    def check_text(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Text as int64 with its padding set to 0; a clear error on what is none."""
+        shape = f"(batch, notes, {len(self.text_sizes)} fields)" if self.reads_notes else "(batch, symbols)"
+        if x.dim() != 2 + self.reads_notes or (self.reads_notes and x.shape[2] != len(self.text_sizes)):
+            raise UserError(f"text x: shape {tuple(x.shape)}, expected {shape}")
+        x, x_lens = x.long(), x_lens.long()
+        if x_lens.shape != (x.shape[0],) or int(x_lens.min()) < 1 or int(x_lens.max()) > x.shape[1]:
+            raise UserError(
+                f"text x: lengths {x_lens.tolist()[:8]}, expected {x.shape[0]} numbers from 1 to {x.shape[1]}"
+            )
+        inside = lengths_to_mask(x_lens, x.shape[1])
+        x = x.masked_fill(~(inside[..., None] if self.reads_notes else inside), 0)
+        fields = x if self.reads_notes else x[..., None]
+        for column, size in enumerate(self.text_sizes):
+            low, high = int(fields[..., column].min()), int(fields[..., column].max())
+            if low < 0 or high >= size:
+                field = f" in field {column}" if self.reads_notes else ""
+                raise UserError(f"text x: ids from {low} to {high}{field}, expected 0 to {size - 1}")
+        return x, x_lens
+
+    # -------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def inference(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        enroll_x_lens: Tensor | None = None,
+        top_k: int = -100,
+        temperature: float = 1.0,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        dtype: str = "fp32",
+    ) -> Tensor:
+        """The audio of a text, as one tensor; for rows of different length, `generate`.
+
+        Args:
+            x: (1, S) text or (1, S, F) notes: what the prompt says, then what is to be said.
+            x_lens: (1,).
+            y: (1, P, Q) codes of the prompt.
+            enroll_x_lens: (1,) symbols of the prompt's own text, `prompt_text_lens` of `generate`.
+            top_k: codes to draw from; 0 or less for all.
+            temperature: 0 is greedy.
+            max_new_tokens: frames (default: 16 a symbol).
+            seed, dtype: see `generate`.
+
+        Returns:
+            (1, T, Q) int64: what was generated, without the prompt.
+        """
+        if x.shape[0] != 1:
+            raise UserError(f"{x.shape[0]} texts, expected 1; `generate` takes a batch")
+        result = self.generate(
+            x, x_lens, y, None, max_new_tokens, temperature, top_k, seed=seed, dtype=dtype,
+            prompt_text_lens=enroll_x_lens,
+        )  # fmt: skip
+        return result.codes[0][None, result.prompt_lens[0] :]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        x: Tensor,
+        x_lens: Tensor | None = None,
+        prompts: Tensor | None = None,
+        prompts_lens: Tensor | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        min_new_tokens: int = 0,
+        dtype: str = "fp32",
+        *,
+        prompt_text_lens: Tensor | None = None,
+        sampling: Sampling | None = None,
+        num_samples: int = 1,
+        chunks: Chunks | None = None,
+        on_frame: Callable[[int], object] | None = None,
+    ) -> Generation:
+        """Say each text, or play each performance; rows do not influence each other.
+
+        Args:
+            x: (B, S) text or (B, S, F) notes, those of the prompt first; without B for one.
+            x_lens: (B,) (default: S each).
+            prompts: (B, P, Q) codes (default: none; the model then chooses a voice itself).
+            prompts_lens: (B,) (default: P each).
+            max_new_tokens: frames to generate at most, one number or one a row (default: 16 for each symbol of the
+                longest text).
+            prompt_text_lens: (B,) how much of each text is the prompt's; read with prefix_mode 2 and 4. Where texts
+                have symbols for begin and end, these two are counted, as if the prompt's text stood alone.
+            temperature, top_k, top_p, seed, min_new_tokens, dtype, sampling, num_samples, chunks, on_frame: see
+                `AudioLM.generate`.
+
+        Raises:
+            UserError: text or codes of the wrong shape or range, or settings that cannot be.
+        """
+        most = max(max_new_tokens) if isinstance(max_new_tokens, Sequence) else max_new_tokens
+        rows, texts, limit = self._rows(x, x_lens, prompts, prompts_lens, most)
+        limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [limit] * len(rows)
+        if len(limits) != len(rows):
+            raise UserError(f"max_new_tokens: {len(limits)} numbers for {len(rows)} texts, expected as many")
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, expected 1 or more")
+        streams = make_streams(len(rows), seed, num_samples)
+        own = None if prompt_text_lens is None else prompt_text_lens.tolist()
+
+        def repeated(items: Sequence[Any]) -> list[Any]:
+            return [item for item in items for _ in range(num_samples)]
+
+        generator = Generator(self, dtype, sampling or Sampling(temperature, top_k, top_p), on_frame=on_frame)
+        result = generator.run(
+            repeated(rows), streams, repeated(limits), min_new_tokens, chunks=chunks, texts=repeated(texts),
+            prompt_text_lens=None if own is None else repeated(own),
+        )  # fmt: skip
+        return result if num_samples == 1 else result.ranked(num_samples)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        x: Tensor,
+        codec: Codec,
+        prompt: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        min_new_tokens: int = 0,
+        dtype: str = "fp32",
+        *,
+        prompt_text_lens: Tensor | None = None,
+        sampling: Sampling | None = None,
+        chunks: Chunks | None = None,
+        on_frame: Callable[[int], object] | None = None,
+    ) -> Stream:
+        """Say one text as audio that can be played while it is generated; see `AudioLM.stream`.
+
+        Args:
+            x: (S,) or (1, S) text, (S, F) or (1, S, F) notes, those of the prompt first.
+            codec: turns codes into audio.
+            prompt: (P, Q) or (1, P, Q) codes.
+            max_new_tokens, temperature, top_k, top_p, seed, min_new_tokens, dtype, prompt_text_lens, sampling, chunks,
+                on_frame: see `generate`.
+        """
+        if prompt is not None and prompt.dim() == 2:
+            prompt = prompt[None]
+        rows, texts, limit = self._rows(x, None, prompt, None, max_new_tokens)
+        if len(rows) != 1:
+            raise UserError(f"{len(rows)} texts, expected 1: a stream is one utterance")
+        generator = Generator(self, dtype, sampling or Sampling(temperature, top_k, top_p), on_frame=on_frame)
+        own = None if prompt_text_lens is None else prompt_text_lens.tolist()
+        return Stream(
+            generator, codec, make_prompts(rows, texts, own), make_streams(1, seed)[0], limit, min_new_tokens, None,
+            chunks or default_chunks(codec.frame_rate),
+        )  # fmt: skip
+
+    def _rows(
+        self,
+        x: Tensor,
+        x_lens: Tensor | None,
+        prompts: Tensor | None,
+        prompts_lens: Tensor | None,
+        max_new_tokens: int | None,
+    ) -> tuple[list[Tensor], list[Tensor], int]:
+        """Codes (P_i, Q) and text of each row on the model's device, and the number of new frames."""
+        if x.dim() == 1 + self.reads_notes:
+            x = x[None]
+        if x_lens is None:
+            x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() > 1 else 0)
+        x, x_lens = self.check_text(x.to(self.device), x_lens.to(self.device))
+        texts = [row[:n] for row, n in zip(x, x_lens.tolist(), strict=True)]
+        limit = FRAMES_PER_SYMBOL * int(x_lens.max()) if max_new_tokens is None else max_new_tokens
+        if prompts is None:
+            if not self.first_frame:
+                raise UserError(
+                    "this model has no begin symbol and predicts nothing without a prompt; give one"
+                )
+            return [x.new_zeros(0, self.num_quantizers) for _ in texts], texts, limit
+        if prompts_lens is None:
+            prompts_lens = torch.full((prompts.shape[0],), prompts.shape[1] if prompts.dim() == 3 else 0)
+        codes, lens = self.check_codes(prompts.to(self.device), prompts_lens.to(self.device), "prompts")
+        if len(codes) != len(texts):
+            raise UserError(f"{len(texts)} texts and {len(codes)} prompts, expected as many")
+        return [row[:n] for row, n in zip(codes, lens.tolist(), strict=True)], texts, limit
+
+
+class VALLF(VALLE):
+    """VALL-E whose decoders read the text by cross-attention instead of having it before the audio.
+
+    Without a begin symbol (`prepend_bos`), nothing stands before the first frame, and it is not predicted.
+    """
+
+    reads = "memory"
+
+    def _prefix(self, text: Part) -> Part:
+        none = torch.zeros_like(text.lens)
+        return Part(text.x[:, :0], none, text.positions[:, :0])
+
+    def _memory(self, text: Part) -> tuple[Tensor, Tensor] | None:
+        return text.x, text.lens
+
+    @property
+    def first_frame(self) -> bool:
+        return self.prepend_bos
+
+
+class TextPrenet(nn.Module):
+    """Three convolutions over a text, and a projection, (B, S, D) -> (B, S, D): the open VALL-Es' text prenet."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv1d(dim, dim, 5, padding=2) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(3))
+        self.dropout = nn.Dropout(0.5)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, lens: Tensor) -> Tensor:
+        """Symbols from `lens` (B,) on are padding; the others are as if there were none."""
+        inside = lengths_to_mask(lens, x.shape[1])[:, None]  # (B, 1, S)
+        x = x.transpose(1, 2)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = self.dropout(F.relu(norm(convolution(x * inside))))
+        return self.projection(x.transpose(1, 2))
+
+
+def _text_embedding(sizes: int | Sequence[int], dim: int, field_dims: Sequence[int] | None) -> nn.Module:
+    return new_embedding(sizes, dim) if isinstance(sizes, int) else FieldEmbedding(sizes, dim, field_dims)
+
+
+def take(y: Tensor, starts: Tensor, lens: Tensor) -> Tensor:
+    """(B, T, Q) -> (B, longest, Q): of each row the frames from `starts` (B,) on, `lens` (B,) of them, then 0."""
+    columns = torch.arange(int(lens.max()), device=y.device)
+    index = (starts[:, None] + columns).clamp(max=y.shape[1] - 1)
+    taken = y.gather(1, index[..., None].expand(-1, -1, y.shape[2]))
+    return taken.masked_fill((columns >= lens[:, None])[..., None], 0)
+
+
+def join_codes(first: Tensor, first_lens: Tensor, second: Tensor, second_lens: Tensor) -> Tensor:
+    """(B, P, Q) and (B, T, Q) -> (B, longest, Q), each row's frames without a gap, then anything."""
+    both = torch.cat([first, second], 1)
+    columns = torch.arange(int((first_lens + second_lens).max()), device=both.device)
+    shift = (first.shape[1] - first_lens)[:, None]
+    index = torch.where(columns < first_lens[:, None], columns, columns + shift).clamp(max=both.shape[1] - 1)
+    return both.gather(1, index[..., None].expand(-1, -1, both.shape[2]))
+
+
+def without_prompt_text(x: Tensor, lens: Tensor, prompt_lens: Tensor, ends: bool) -> tuple[Tensor, Tensor]:
+    """Texts (B, S) or (B, S, F) without what is the prompt's, and their lengths; see `VALLE.generate`.
+
+    Args:
+        prompt_lens: (B,).
+        ends: texts have symbols for begin and end; they stay.
+    """
+    dropped = (prompt_lens - 2 * ends).clamp(min=0)
+    columns = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(columns < int(ends), columns, dropped[:, None] + columns).clamp(max=x.shape[1] - 1)
+    if x.dim() == 3:
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[2])), lens - dropped
+    return x.gather(1, index), lens - dropped
