@@ -7,18 +7,34 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 import soundfile
+from PIL import Image
 
 from valle.engine.metrics import read_metrics
-from valle.evaluation.figures import Curve, Plot, draw_plot, training_plot
+from valle.evaluation.figures import (
+    MAX_COLUMNS,
+    SHADES,
+    Curve,
+    Histogram,
+    Plot,
+    draw_histogram,
+    draw_plot,
+    draw_spectrogram,
+    training_plot,
+)
 from valle.evaluation.report import (
+    KBPS,
+    MP3_RATES,
     ReportAudio,
+    ReportCell,
     ReportCheck,
     ReportClip,
     ReportFigures,
     ReportSection,
     ReportTable,
     ReportText,
+    audio_uri,
     build_report,
 )
 
@@ -148,3 +164,82 @@ def test_curves_take_their_stage_and_the_last_of_repeated_steps(tmp_path):
     assert [(list(curve.x), list(curve.y)) for curve in nar.curves] == [([3], [4.0])]
     assert training_plot(records, "Other", (0,), "", "") is None
     assert read_metrics(tmp_path / "missing.jsonl") == []
+
+
+def players(tmp_path, count: int, seconds: float, budget: int) -> tuple[Page, list[str]]:
+    """A page of so many players of a noisy sweep, and what they play."""
+    time = np.arange(int(seconds * 16000)) / 16000
+    wav = wave(1, seconds, 16000) + (0.4 * np.sin(2 * np.pi * (300 + 200 * time) * time)).astype(np.float32)
+    audios = [ReportAudio(f"clip {n}", wav, 16000) for n in range(count)]
+    sections = [ReportSection("Listen", [ReportClip("one", audios)])]
+    page = Page(build_report(tmp_path / "page.html", "page", {}, sections, budget).read_text())
+    return page, [attributes["src"] for tag, attributes in page.tags if tag == "audio"]
+
+
+def test_audio_that_is_too_large_becomes_mp3(tmp_path):
+    page, sources = players(tmp_path, 4, 2.0, 2_000_000)
+    assert [source[:16] for source in sources] == ["data:audio/flac;"] * 4 and "MP3" not in page.text
+    budget = 8 * 90_000 // 6  # 8 s at 90 kbit/s, in base64
+    assert sum(map(len, sources)) > budget
+    page, sources = players(tmp_path, 4, 2.0, budget)
+    assert [source[:16] for source in sources] == ["data:audio/mpeg;"] * 4 and sum(
+        map(len, sources)
+    ) <= budget
+    assert "MP3 of 80 kbit/s" in page.text and "no room" not in page.text
+    heard, rate = soundfile.read(io.BytesIO(base64.b64decode(sources[0].partition(",")[2])))
+    assert rate == 16000 and abs(len(heard) / rate - 2.0) < 0.1 and 0.2 < np.sqrt(np.mean(heard**2)) < 0.5
+
+
+def test_players_without_room_are_left_out_and_counted(tmp_path):
+    page, sources = players(tmp_path, 4, 2.0, 30_000)
+    assert 0 < len(sources) < 4 and sum(map(len, sources)) <= 30_000
+    assert f"{4 - len(sources)} of 4 found no room" in page.text
+    assert page.text.count("no room for it in this page") == 4 - len(sources)
+
+
+def test_rates_that_mp3_does_not_know_stay_flac():
+    assert audio_uri(wave(1, 0.1, 12345), 12345, 64).startswith("data:audio/flac")
+
+
+@pytest.mark.parametrize("rate", MP3_RATES)
+@pytest.mark.parametrize("kbps", KBPS)
+def test_mp3_has_the_rate_that_was_asked_for(rate, kbps):
+    size = len(audio_uri(wave(1, 2.0, rate), rate, kbps)) * 6 / 1000
+    assert 0.95 * 2 * kbps < size < 1.12 * 2 * kbps  # and some frames of its own: encoder delay, a head
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30.0])
+def test_spectrograms_are_small_palette_images(seconds):
+    svg = draw_spectrogram(wave(1, seconds, 16000), 16000, "noise", 1.0)
+    (image,) = re.findall(r"data:image/png;base64,([^\"]+)", svg)
+    picture = Image.open(io.BytesIO(base64.b64decode(image)))
+    assert picture.mode == "P" and len(picture.getcolors()) <= SHADES and len(image) < 90_000
+    assert picture.width <= MAX_COLUMNS * 1.5
+
+
+def test_histogram_counts_every_value():
+    svg = draw_histogram(Histogram("lengths", "seconds", {"continued": [1.0, 2.0, 2.0], "asked": [2.0]}))
+    assert "continued" in svg and "asked" in svg and "currentColor" in svg and 'aria-label="lengths"' in svg
+    assert draw_histogram(Histogram("equal", "seconds", {"all": [3.0, 3.0]})).startswith("<svg")
+
+
+def test_cells_carry_their_interval_mark_and_link(tmp_path):
+    cells = [
+        "WER <%>",
+        ReportCell("0.2", "[0.1, 0.3]", "best"),
+        ReportCell("a b", link="clip <1>"),
+        ReportCell("worse", mark="short"),
+    ]
+    clip = ReportClip("clip <1>", [])
+    sections = [ReportSection("s", [ReportTable(list("wxyz"), [cells]), clip])]
+    text = build_report(tmp_path / "page.html", "page", {}, sections).read_text()
+    assert "<td class=best>0.2<small>[0.1, 0.3]</small></td>" in text and "<td class=short>worse</td>" in text
+    links = [attributes["href"] for tag, attributes in Page(text).tags if tag == "a"]
+    targets = [attributes["id"] for tag, attributes in Page(text).tags if tag == "article"]
+    assert links == ["#" + targets[0]] and "WER &lt;%&gt;" in text
+
+
+def test_counted_x_has_ticks_at_whole_numbers_only():
+    curves = [Curve("model", [0, 1, 2, 3], [0.6, 0.3, 0.2, 0.1], "#123123")]
+    ticks = re.findall(r">(\d(?:\.\d+)?)</text>", draw_plot(Plot("q", "part", curves, whole_x=True)))
+    assert ticks[:4] == ["0", "1", "2", "3"] and "0.5" not in ticks[:4]

@@ -1,7 +1,10 @@
-"""How audio compares with audio, and how good speech sounds: log-mel distance and DNSMOS.
+"""How audio compares with audio, and how good speech sounds: log-mel and STFT distance, SI-SDR, DNSMOS.
 
 - Log-mel distance: mean absolute difference of log10-mel spectra, 80 bands, windows of 64 ms every 16 ms (1024 and
   256 samples at 16 kHz), so that figures at different sample rates are comparable.
+- STFT distance in three resolutions (Yamamoto et al., arXiv 1910.11480, equations 4 to 6): spectral convergence plus
+  the mean absolute difference of log magnitudes, windows of 16, 32 and 64 ms.
+- SI-SDR (Le Roux et al., arXiv 1811.02508): decibels of what a waveform shares with another over what it does not.
 - DNSMOS P.835 (Reddy et al., arXiv 2110.01763): a network's guess of listeners' opinions, 1 to 5, of speech signal,
   background and overall quality. The weights come in the PyPI package `speechmos`. They are run here by onnxruntime
   alone, window for window as the package does: the package's own code would need librosa and numba for a second
@@ -17,13 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from valle.modules.spectral import LogMel
+from valle.modules.spectral import LogMel, Spectrogram
 from valle.utils.audio import convert_audio
 from valle.utils.errors import UserError
 
 MEL_BANDS = 80
 WINDOW_SECONDS = 0.064
 HOP_SECONDS = 0.016
+STFT_SECONDS = (0.016, 0.032, 0.064)  # windows; a hop is a quarter
+FLOOR = 1e-5  # of magnitudes before their logarithm, as in LogMel
+SI_SDR_LIMIT = 100.0  # dB: equal waveforms have no end
 
 DNSMOS_RATE = 16000
 DNSMOS_SECONDS = 9.01
@@ -74,13 +80,71 @@ def log_mel_distance(reference: np.ndarray, other: np.ndarray, sample_rate: int)
         reference, other: (C, N) or (N,) with equal C; what is longer is cut at the end.
         sample_rate: Hz, of both.
     """
-    reference, other = np.atleast_2d(reference), np.atleast_2d(other)
-    if reference.shape[0] != other.shape[0]:
-        raise ValueError(f"{reference.shape[0]} channels against {other.shape[0]}")
-    length = min(reference.shape[1], other.shape[1])
-    return float(
-        np.abs(log_mel(reference[:, :length], sample_rate) - log_mel(other[:, :length], sample_rate)).mean()
-    )
+    one, two = _alike(reference, other)
+    return float(np.abs(log_mel(one, sample_rate) - log_mel(two, sample_rate)).mean())
+
+
+@lru_cache(maxsize=24)
+def _stft(sample_rate: int, seconds: float) -> Spectrogram:
+    hop = max(1, round(sample_rate * seconds / 4))
+    return Spectrogram(4 * hop, hop)
+
+
+def stft_distance(reference: np.ndarray, other: np.ndarray, sample_rate: int) -> float:
+    """Distance of two magnitude spectra, mean over three resolutions and the channels; 0 is identical.
+
+    Args:
+        reference, other: (C, N) or (N,) with equal C; what is longer is cut at the end.
+        sample_rate: Hz, of both.
+    """
+    one, two = (torch.from_numpy(wav) for wav in _alike(reference, other))
+    distances = []
+    for seconds in STFT_SECONDS:
+        transform = _stft(sample_rate, seconds)
+        missing = max(transform.hop_length - one.shape[1], 0)  # at least one frame
+        true, estimate = (
+            transform(torch.nn.functional.pad(wav, (0, missing))).clamp(min=FLOOR) for wav in (one, two)
+        )  # (C, T, F)
+        convergence = (true - estimate).norm(dim=(1, 2)) / true.norm(dim=(1, 2))
+        distances.append(convergence.mean() + (true.log() - estimate.log()).abs().mean())
+    return float(torch.stack(distances).mean())
+
+
+def si_sdr(reference: np.ndarray, other: np.ndarray) -> float | None:
+    """Scale-invariant signal-to-distortion ratio in dB, -100 to 100, mean over channels; higher is closer.
+
+    It compares waveforms, so what sounds the same with other phases scores low.
+
+    Args:
+        reference, other: (C, N) or (N,) with equal C; what is longer is cut at the end.
+
+    Returns:
+        None where the reference is silent in every channel.
+    """
+    ratios = []
+    for true, estimate in zip(*_alike(reference, other), strict=True):
+        true, estimate = (wav.astype(np.float64) - wav.mean(dtype=np.float64) for wav in (true, estimate))
+        energy = float(true @ true)
+        if energy <= 1e-12 * max(len(true), 1):
+            continue
+        part = (float(estimate @ true) / energy) * true
+        signal, noise = float(part @ part), float(((estimate - part) ** 2).sum())
+        if signal <= noise * 10 ** (-SI_SDR_LIMIT / 10):  # also of silence
+            ratios.append(-SI_SDR_LIMIT)
+        elif noise <= signal * 10 ** (-SI_SDR_LIMIT / 10):
+            ratios.append(SI_SDR_LIMIT)
+        else:
+            ratios.append(10 * math.log10(signal / noise))
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def _alike(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both (C, N) float32 of one length."""
+    one, two = (np.atleast_2d(np.asarray(wav, dtype=np.float32)) for wav in (reference, other))
+    if one.shape[0] != two.shape[0]:
+        raise ValueError(f"{one.shape[0]} channels against {two.shape[0]}")
+    length = min(one.shape[1], two.shape[1])
+    return one[:, :length], two[:, :length]
 
 
 def dnsmos_available() -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from valle.evaluation.scores import SplitCodes, TokenScores, frame_scores, stack_scores
+from valle.evaluation.scores import PositionSums, SplitCodes, TokenScores, frame_scores, stack_scores
 
 UNIGRAM_K = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0)
 BIGRAM_ALPHA = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 100000.0)
@@ -155,15 +155,21 @@ def _choose_bigram(unigram: Unigram, pairs: PairCounts, context: np.ndarray, tar
     return min(candidates, key=loss)
 
 
-def score_baseline(models: Sequence[Unigram | Bigram], splits: Sequence[SplitCodes]) -> TokenScores:
-    """Score one baseline a quantizer on the target frames of each cut."""
+def score_baseline(
+    models: Sequence[Unigram | Bigram], splits: Sequence[SplitCodes], bin_frames: int | None = None
+) -> TokenScores:
+    """Score one baseline a quantizer on the target frames of each cut; see `score_model`."""
     sums = np.zeros((len(splits), len(models), 3))
+    positions = PositionSums.of(splits, len(models), bin_frames)
     for row, split in enumerate(splits):
         for quantizer, model in enumerate(models):
             context = split.context[:, quantizer].astype(np.int64)
             target = split.target[:, quantizer].astype(np.int64)
-            sums[row, quantizer] = model.score(context, target).sum(dim=0).numpy()
-    return stack_scores([len(split.target) for split in splits], sums)
+            scores = model.score(context, target).numpy()
+            sums[row, quantizer] = scores.sum(axis=0)
+            if positions is not None:
+                positions.add(scores, quantizer)
+    return stack_scores([len(split.target) for split in splits], sums, positions)
 
 
 def sample_unigram(models: Sequence[Unigram], num_frames: int, seed: int) -> np.ndarray:

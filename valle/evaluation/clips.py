@@ -1,11 +1,13 @@
-"""Held-out recordings and what the model makes of their beginnings: the clips that one listens to and scores by ear.
+"""Held-out recordings and what the model makes of their beginnings: the clips that one listens to and judges.
 
-Each clip's true codes are split after some seconds of prompt; the model continues the prompt for exactly as long as
-the recording goes on. Beside it stand the recording, its resynthesis by the codec (no
-model of this codec can sound better), codes drawn from the unigrams, and white noise.
+Each cut's true codes are split after some seconds of prompt, and the model continues the prompt some times, until it
+ends by itself or has gone on half as long again as the recording does. Beside the continuations stand the recording,
+its resynthesis by the codec (no model of this codec can sound better) and three answers that take no model: the
+prompt over and over, codes drawn from the unigrams, and silence.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,23 +19,97 @@ from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from valle.codecs import Codec
-from valle.evaluation.audio import dnsmos, log_mel_distance
+from valle.evaluation.audio import log_mel_distance
 from valle.evaluation.baselines import Unigram, sample_unigram
+from valle.evaluation.likelihood import pad_codes
+from valle.evaluation.metrics import Excerpt
 from valle.evaluation.statistics import Interval, bootstrap_ci
 from valle.utils.audio import convert_audio, save_audio
-from valle.utils.progress import progress
 
 log = logging.getLogger(__name__)
 MIN_REST_SECONDS = 1.0  # of recording after the prompt, for a cut to be a clip
+MOST_LENGTH = 1.5  # times the recording's rest that a continuation may last
+BATCH_FRAMES = 40_000  # padded frames that are continued at once
 
-# What is scored, and how it is called in tables; the order is the tables' order.
+# What is scored, and how it is called in tables; the order is the tables' order. Of the model's continuations there
+# is one a seed: model-0, model-1 ...
 CONDITIONS = {
     "recording": "recording",
     "resynthesis": "codec resynthesis of the recording",
     "model": "prompt + continuation by the model",
+    "loop": "prompt over and over",
     "unigram": "prompt + codes drawn from the unigrams",
-    "noise": "white noise, as loud as the recording",
+    "silence": "prompt + silence",
 }
+
+
+def condition_of(name: str) -> str:
+    """`model-1` -> `model`; the other conditions are their own."""
+    return "model" if name.startswith("model-") else name
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model adds to a prompt.
+
+    Attributes:
+        codes: (T, Q) int64; T may be 0.
+        finish_reason: "eos" where it ended by itself, "length" where it was stopped.
+    """
+
+    codes: np.ndarray
+    finish_reason: str
+
+
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    most: Sequence[int],
+    seed: int,
+    temperature: float,
+    top_k: int,
+) -> list[Continuation]:
+    """Continue a batch of prompts: the one place that knows how a model is asked.
+
+    Args:
+        model: an AudioLM.
+        prompts: (S_i, Q) codes each.
+        most: frames that each may get.
+        seed: of the sampling.
+        temperature, top_k: of the sampling.
+    """
+    device = next(model.parameters()).device
+    x, x_lens = pad_codes(prompts, device)
+    made = model.generate(x, x_lens, max(most), temperature, top_k, seed=seed)
+    out = []
+    for codes, start, limit, reason in zip(
+        made.codes, made.prompt_lens, most, made.finish_reasons, strict=True
+    ):
+        new = codes[start:].cpu().numpy()
+        out.append(Continuation(new[:limit], reason if len(new) <= limit else "length"))
+    return out
+
+
+def longest_continuation(rest: int) -> int:
+    """Frames that a continuation may have where the recording has `rest` more."""
+    return math.ceil(MOST_LENGTH * rest)
+
+
+def continuation_batches(lengths: Sequence[int], prompt_frames: int) -> list[list[int]]:
+    """Rows in batches of similar length.
+
+    Args:
+        lengths: frames of each recording.
+        prompt_frames: of them, given to the model.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        frames = prompt_frames + longest_continuation(lengths[row] - prompt_frames)
+        if batches and frames * (len(batches[-1]) + 1) <= BATCH_FRAMES:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 @dataclass
@@ -44,8 +120,10 @@ class Clip:
         cut_id: of the held-out cut.
         text: its transcript, where it has one.
         boundary: samples of prompt at the start of every condition.
-        asked_frames, new_frames: of continuation; `AudioLM.inference` gives all that are asked.
-        wavs: condition -> (C, N) float32.
+        asked_frames: of recording after the prompt.
+        new_frames: of the model's first continuation.
+        wavs: condition -> (C, N) float32, prompt included: recording (where it is there), resynthesis, model-0 …
+            model-(n-1), loop, unigram, silence.
     """
 
     cut_id: str
@@ -61,60 +139,86 @@ class Clip:
         wav = self.wavs[condition]
         return {"full": wav, "prompt": wav[:, : self.boundary], "continuation": wav[:, self.boundary :]}[part]
 
+    def excerpt(self, condition: str, part: str = "continuation") -> Excerpt:
+        """The same, as the metrics take it."""
+        return Excerpt(np.ascontiguousarray(self.part(condition, part)), self.sample_rate)
 
-def choose_cuts(cuts: Sequence[Cut], num_clips: int, prompt_seconds: float, seed: int) -> list[Cut]:
-    """Draw clips at random among the cuts that go on long enough after the prompt: nobody picks the good ones."""
+
+def choose_cuts(cuts: Sequence[Cut], number: int, prompt_seconds: float, seed: int) -> list[Cut]:
+    """Draw cuts at random among those that go on long enough after the prompt: nobody picks the good ones.
+
+    Args:
+        cuts: to choose from.
+        number: how many at most.
+        prompt_seconds: length of the prompt.
+        seed: of the draw.
+    """
     long_enough = [cut for cut in cuts if cut.duration >= prompt_seconds + MIN_REST_SECONDS]
-    order = np.random.default_rng(seed).permutation(len(long_enough))[:num_clips]
+    order = np.random.default_rng(seed).permutation(len(long_enough))[:number]
     return [long_enough[i] for i in sorted(order)]
+
+
+def codes_of_conditions(
+    codes: np.ndarray,
+    prompt_frames: int,
+    continuations: Sequence[Continuation],
+    unigrams: Sequence[Unigram],
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Codes of the stretch after the prompt: condition -> (T, Q). Silence has none.
+
+    Args:
+        codes: (T, Q) the recording's.
+        prompt_frames: S, smaller than T.
+        continuations: the model's, one a seed.
+        unigrams: one a quantizer.
+        seed: of the codes drawn from them.
+    """
+    rest = len(codes) - prompt_frames
+    prompt = codes[:prompt_frames]
+    made = {"resynthesis": codes[prompt_frames:]}
+    made |= {f"model-{number}": part.codes for number, part in enumerate(continuations)}
+    made["loop"] = np.tile(prompt, (math.ceil(rest / prompt_frames), 1))[:rest]
+    made["unigram"] = sample_unigram(unigrams, rest, seed)
+    return made
 
 
 def make_clip(
     cut: Cut,
     codes: np.ndarray,
-    model: Any,
-    codec: Codec,
-    unigrams: Sequence[Unigram],
     prompt_frames: int,
+    continuations: Sequence[Continuation],
+    unigrams: Sequence[Unigram],
+    codec: Codec,
     seed: int,
-    temperature: float,
-    top_k: int,
 ) -> Clip:
-    """Continue one cut's beginning, and decode everything to compare it with.
+    """Decode a cut in all conditions.
 
     Args:
         cut: the held-out cut; its recording is read, where it is still there.
         codes: (T, Q) its true codes, Q of the model.
-        model: an AudioLM on the codec's device.
-        codec: decodes.
-        unigrams: one a quantizer.
         prompt_frames: S, smaller than T.
-        seed: of the sampling.
-        temperature, top_k: of the sampling.
+        continuations: the model's, one a seed.
+        unigrams: one a quantizer.
+        codec: decodes.
+        seed: of the codes drawn from the unigrams.
     """
-    rest = len(codes) - prompt_frames
-    prompt = torch.from_numpy(codes[None, :prompt_frames]).to(codec.device)  # (1, S, Q)
-    full = model.inference(prompt, max_new_tokens=rest, temperature=temperature, top_k=top_k, seed=seed)
-    generated = full[0].cpu().numpy()  # (S + new, Q)
-    drawn = np.concatenate([codes[:prompt_frames], sample_unigram(unigrams, rest, seed)])
     clip = Clip(
         cut_id=cut.id,
         text=" ".join(part.text for part in cut.supervisions if part.text),
         sample_rate=codec.sample_rate,
         boundary=prompt_frames * codec.hop_length,
-        asked_frames=rest,
-        new_frames=len(generated) - prompt_frames,
+        asked_frames=len(codes) - prompt_frames,
+        new_frames=len(continuations[0].codes) if continuations else 0,
     )
     recording = read_recording(cut, codec)
-    resynthesis = _decode(codec, codes)
     if recording is not None:
         clip.wavs["recording"] = recording
-    clip.wavs["resynthesis"] = resynthesis
-    clip.wavs["model"] = _decode(codec, generated)
-    clip.wavs["unigram"] = _decode(codec, drawn)
-    loudness = np.sqrt(np.mean(np.square(resynthesis if recording is None else recording)))
-    noise = np.random.default_rng(seed).standard_normal(resynthesis.shape) * loudness
-    clip.wavs["noise"] = noise.astype(np.float32)
+    for name, rest in codes_of_conditions(codes, prompt_frames, continuations, unigrams, seed).items():
+        clip.wavs[name] = _decode(codec, np.concatenate([codes[:prompt_frames], rest]))
+    silence = clip.wavs["resynthesis"].copy()
+    silence[:, clip.boundary :] = 0
+    clip.wavs["silence"] = silence
     return clip
 
 
@@ -133,43 +237,26 @@ def read_recording(cut: Cut, codec: Codec) -> np.ndarray | None:
 
 
 def save_clips(clips: Sequence[Clip], folder: Path) -> None:
-    """`<cut>_prompt.wav`, `_continuation.wav`, `_full.wav`, `_resynthesis.wav` and `_recording.wav` of each clip."""
+    """Every clip as wavs: `<cut>_prompt.wav`, `_resynthesis.wav`, `_recording.wav`; of the model's continuations
+    `_full.wav` and `_continuation.wav`, of other seeds than the first with their number behind it."""
     for clip in clips:
-        stem = "".join(
-            character if character.isalnum() or character in "-_." else "_" for character in clip.cut_id
-        )
-        parts = {"full": clip.wavs["model"], "continuation": clip.part("model", "continuation"),
-                 "prompt": clip.part("model", "prompt"), "resynthesis": clip.wavs["resynthesis"]}  # fmt: skip
+        source = "recording" if "recording" in clip.wavs else "resynthesis"
+        parts = {"prompt": clip.part(source, "prompt"), "resynthesis": clip.wavs["resynthesis"]}
         if "recording" in clip.wavs:
             parts["recording"] = clip.wavs["recording"]
-            parts["prompt"] = clip.part("recording", "prompt")
+        for name in clip.wavs:
+            if condition_of(name) == "model":
+                end = "" if name == "model-0" else name.removeprefix("model")
+                parts[f"full{end}"] = clip.wavs[name]
+                parts[f"continuation{end}"] = clip.part(name, "continuation")
         for name, wav in parts.items():
             if wav.shape[-1]:
-                save_audio(folder / f"{stem}_{name}.wav", wav, clip.sample_rate)
+                save_audio(folder / f"{file_stem(clip.cut_id)}_{name}.wav", wav, clip.sample_rate)
 
 
-def dnsmos_table(clips: Sequence[Clip], seed: int, show_progress: bool = True) -> dict[str, dict[str, Any]]:
-    """DNSMOS of every condition: condition -> `full` and `continuation` -> score name -> Interval.
-
-    Noise has no beginning to keep apart, and stands under both.
-    """
-    pairs = [(condition, part) for condition in CONDITIONS for part in ("full", "continuation")]
-    pairs.remove(("noise", "full"))
-    table: dict[str, dict[str, Any]] = {}
-    bar = progress(total=len(pairs) * len(clips), desc="DNSMOS", unit="clip", disable=not show_progress)
-    for condition, part in pairs:
-        scores = []
-        for clip in clips:
-            bar.update()
-            if condition in clip.wavs and clip.part(condition, part).shape[-1]:
-                scores.append(dnsmos(clip.part(condition, part), clip.sample_rate))
-        if scores:
-            intervals = {name: bootstrap_ci([score[name] for score in scores], seed) for name in scores[0]}
-            table.setdefault(condition, {})[part] = intervals
-    bar.close()
-    if "noise" in table:
-        table["noise"]["full"] = table["noise"]["continuation"]
-    return table
+def file_stem(cut_id: str) -> str:
+    """A cut's name with nothing in it that a file's name cannot hold."""
+    return "".join(char if char.isalnum() or char in "-_." else "_" for char in cut_id)
 
 
 def mel_table(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from valle.evaluation.scores import SplitCodes, TokenScores, frame_scores, stack_scores
+from valle.evaluation.scores import PositionSums, SplitCodes, TokenScores, frame_scores, stack_scores
 from valle.utils.progress import progress
 
 
@@ -34,6 +34,7 @@ def score_model(
     device: str | torch.device = "cpu",
     max_frames: int = 6000,
     show_progress: bool = True,
+    bin_frames: int | None = None,
 ) -> TokenScores:
     """Score every quantizer on the target frames of each cut.
 
@@ -43,16 +44,18 @@ def score_model(
         device: where the model is.
         max_frames: padded frames in a batch.
         show_progress: show a bar on stderr.
+        bin_frames: also score by position in the target, so many frames together.
 
     Returns:
         Scores in the order of `splits`, for quantizers 0 (AR) to Q - 1 (NAR).
     """
     num_quantizers = model.num_quantizers
     sums = np.zeros((len(splits), num_quantizers, 3))
+    positions = PositionSums.of(splits, num_quantizers, bin_frames)
     bar = progress(total=len(splits), desc="scoring cuts", unit="cut", disable=not show_progress)
     for rows in _batches(splits, max_frames):
-        x, x_lens = _pad([splits[row].prompt[:, :num_quantizers] for row in rows], device)
-        y, y_lens = _pad([splits[row].target[:, :num_quantizers] for row in rows], device)
+        x, x_lens = pad_codes([splits[row].prompt[:, :num_quantizers] for row in rows], device)
+        y, y_lens = pad_codes([splits[row].target[:, :num_quantizers] for row in rows], device)
         real = torch.arange(y.shape[1], device=y.device) < y_lens[:, None]  # (B, T)
         for quantizer in range(num_quantizers):
             if quantizer == 0:
@@ -64,9 +67,11 @@ def score_model(
             scores = frame_scores(logits.float(), y[..., quantizer])  # (B, T, 3)
             scores = torch.where(real[..., None], scores, 0.0)
             sums[rows, quantizer] = scores.sum(dim=1).cpu().numpy()
+            if positions is not None:
+                positions.add(scores.sum(dim=0).cpu().numpy(), quantizer)
         bar.update(len(rows))
     bar.close()
-    return stack_scores([len(split.target) for split in splits], sums)
+    return stack_scores([len(split.target) for split in splits], sums, positions)
 
 
 def _batches(splits: Sequence[SplitCodes], max_frames: int) -> list[list[int]]:
@@ -81,7 +86,7 @@ def _batches(splits: Sequence[SplitCodes], max_frames: int) -> list[list[int]]:
     return batches
 
 
-def _pad(codes: Sequence[np.ndarray], device: str | torch.device) -> tuple[Tensor, Tensor]:
+def pad_codes(codes: Sequence[np.ndarray], device: str | torch.device) -> tuple[Tensor, Tensor]:
     """(T_i, Q) arrays -> (B, T, Q) int64, right-padded with zeros, and (B,) lengths."""
     lengths = torch.tensor([len(part) for part in codes], device=device)
     padded = torch.zeros(len(codes), int(lengths.max()), codes[0].shape[1], dtype=torch.int64)

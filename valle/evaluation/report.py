@@ -1,22 +1,28 @@
 """One self-contained HTML page: numbers, curves, players and spectrograms. It opens from disk with no network.
 
 A report is a list of sections of blocks (paragraphs, checks, tables, figures, clips); each block is a small dataclass
-and knows nothing of models. Audio is embedded as 16-bit FLAC, drawings as SVG, and there are no scripts.
+and knows nothing of models. Audio is embedded as 16-bit FLAC, or as MP3 where FLAC would make the page too large to
+send by mail; drawings as SVG, and there are no scripts.
 """
 
 import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from valle.evaluation.figures import Plot, brightest, draw_plot, draw_spectrogram
+from valle.evaluation.figures import Histogram, Plot, brightest, draw_histogram, draw_plot, draw_spectrogram
 from valle.utils.files import atomic_path
+
+AUDIO_BYTES = 18_000_000  # of a page's players, as text; with drawings and tables a page stays below 25 MB
+# Of MP3 in kbit/s; what does not fit even with the smallest is left out of the page, last players first.
+KBPS = (48, 56, 64, 80, 96, 112, 128, 160)
+MP3_RATES = (16000, 22050, 24000, 32000, 44100, 48000)  # Hz, where the format has all of these bit rates
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,28 @@ class ReportCheck:
 
 
 @dataclass(frozen=True)
+class ReportCell:
+    """A cell of a table: text, a smaller line under it (its interval), and how it is marked.
+
+    Attributes:
+        text: the figure.
+        detail: shown small under it.
+        mark: "" or one of "best", "pass", "short", "open".
+        link: title of a clip of the page that the text leads to.
+    """
+
+    text: str
+    detail: str = ""
+    mark: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True)
 class ReportTable:
     """Cells are text already; the first column is a heading, `best` marks the columns to emphasize."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | ReportCell]]
     caption: str = ""
     best: Sequence[int] = ()
 
@@ -49,7 +72,7 @@ class ReportTable:
 class ReportFigures:
     """Plots side by side."""
 
-    plots: Sequence[Plot]
+    plots: Sequence[Plot | Histogram]
     caption: str = ""
 
 
@@ -67,12 +90,13 @@ class ReportAudio:
 
 @dataclass(frozen=True)
 class ReportClip:
-    """The players of one recording; `facts` are shown beside its title."""
+    """The players of one recording; `facts` are shown beside its title, a picture (a PNG file's bytes) above them."""
 
     title: str
     audios: Sequence[ReportAudio]
     facts: dict[str, str] = field(default_factory=dict)
     text: str = ""
+    picture: bytes = b""
 
 
 Block = ReportText | ReportCheck | ReportTable | ReportFigures | ReportClip
@@ -87,7 +111,11 @@ class ReportSection:
 
 
 def build_report(
-    path: str | Path, title: str, summary: dict[str, str], sections: Sequence[ReportSection]
+    path: str | Path,
+    title: str,
+    summary: dict[str, str],
+    sections: Sequence[ReportSection],
+    audio_bytes: int = AUDIO_BYTES,
 ) -> Path:
     """Write the page.
 
@@ -96,22 +124,19 @@ def build_report(
         title: its heading.
         summary: name -> value, shown at the top: what was trained, with which command, on what.
         sections: the page's content, in order.
+        audio_bytes: what all players together may take of the page, in bytes.
 
     Returns:
         `path`.
     """
-    audios = [
-        audio
-        for section in sections
-        for block in section.blocks
-        if isinstance(block, ReportClip)
-        for audio in block.audios
-        if audio.spectrogram and audio.wav.shape[-1]
-    ]
-    top = brightest(
-        [(audio.wav, audio.sample_rate) for audio in audios]
-    )  # one colour scale for the whole page
-    body = "\n".join(_section(section, top) for section in sections)
+    audios = list(_audios(sections))
+    drawn = [audio for audio in audios if audio.spectrogram]
+    # one colour scale for the whole page
+    top = brightest([(audio.wav, audio.sample_rate) for audio in drawn])
+    players = _Players(audios, audio_bytes)
+    body = "\n".join(_section(section, top, players) for section in sections)
+    if players.note:
+        summary = {**summary, "players": players.note}
     facts = "\n".join(
         f"<dt>{_escape(name)}</dt><dd>{_unbroken_flags(_escape(value))}</dd>"
         for name, value in summary.items()
@@ -127,30 +152,89 @@ def build_report(
     return Path(path)
 
 
-def audio_uri(wav: np.ndarray, sample_rate: int) -> str:
-    """(C, N) audio as a `data:` URI of 16-bit FLAC, sample for sample what `save_audio` writes as wav."""
+def _audios(sections: Sequence[ReportSection]) -> Iterator[ReportAudio]:
+    """All there is to play, in the page's order."""
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, ReportClip):
+                yield from (audio for audio in block.audios if audio.wav.shape[-1])
+
+
+class _Players:
+    """The page's audio as `data:` URIs that stay, all together, within some bytes.
+
+    FLAC where all of it fits; else MP3, at the constant rate that fits; else the first players only.
+    """
+
+    def __init__(self, audios: Sequence[ReportAudio], audio_bytes: int) -> None:
+        self.note = ""
+        self._uris: dict[int, str] = {}
+        size = 0
+        for audio in audios:
+            self._uris[id(audio)] = audio_uri(audio.wav, audio.sample_rate)
+            size += len(self._uris[id(audio)])
+            if size > audio_bytes:
+                break
+        if size > audio_bytes:
+            self._compress(audios, audio_bytes)
+
+    def uri(self, audio: ReportAudio) -> str | None:
+        """What plays it; None where it found no room."""
+        return self._uris.get(id(audio))
+
+    def _compress(self, audios: Sequence[ReportAudio], audio_bytes: int) -> None:
+        # a player costs some frames more than it plays; a character of base64 holds 6 bits
+        seconds = sum(audio.wav.shape[-1] / audio.sample_rate + 0.2 for audio in audios)
+        room = audio_bytes * 6 / seconds / 1000
+        kbps = max((rate for rate in KBPS if rate <= room), default=KBPS[0])
+        self._uris, size = {}, 0
+        for audio in audios:
+            uri = audio_uri(audio.wav, audio.sample_rate, kbps)
+            if size + len(uri) > audio_bytes:
+                continue
+            self._uris[id(audio)] = uri
+            size += len(uri)
+        left_out = len(audios) - len(self._uris)
+        self.note = f"MP3 of {kbps} kbit/s, to keep this page small" + (
+            f"; {left_out} of {len(audios)} found no room" if left_out else ""
+        )
+
+
+def audio_uri(wav: np.ndarray, sample_rate: int, kbps: int | None = None) -> str:
+    """(C, N) audio as a `data:` URI: 16-bit FLAC, sample for sample what `save_audio` writes as wav.
+
+    With `kbps`, one of `KBPS`, it is MP3 of so many kbit/s where the sample rate is one of `MP3_RATES`.
+    """
     rounded, encoded = io.BytesIO(), io.BytesIO()
     # libsndfile rounds floats differently for wav and FLAC: go through wav
     soundfile.write(rounded, np.clip(wav, -1.0, 1.0).T, sample_rate, format="WAV", subtype="PCM_16")
     rounded.seek(0)
     samples, _ = soundfile.read(rounded, dtype="int16", always_2d=True)
-    soundfile.write(encoded, samples, sample_rate, format="FLAC", subtype="PCM_16")
-    return "data:audio/flac;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+    if kbps is None or sample_rate not in MP3_RATES or samples.shape[1] > 2:
+        soundfile.write(encoded, samples, sample_rate, format="FLAC", subtype="PCM_16")
+        return "data:audio/flac;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+    # libsndfile wants the rate as a place between the format's largest (0) and smallest (1), and refuses 1 itself
+    low, high = (32, 320) if sample_rate >= 32000 else (8, 160)
+    level = min(max((high - kbps) / (high - low), 0.0), 0.99)
+    soundfile.write(
+        encoded, samples, sample_rate, format="MP3", bitrate_mode="CONSTANT", compression_level=level
+    )
+    return "data:audio/mpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
-def _section(section: ReportSection, top: float) -> str:
+def _section(section: ReportSection, top: float, players: _Players) -> str:
     parts = [f"<section>\n<h2>{_escape(section.title)}</h2>"]
     in_list = False
     for block in section.blocks:
         if isinstance(block, ReportCheck) != in_list:
             in_list = not in_list
             parts.append('<ul class="checks">' if in_list else "</ul>")
-        parts.append(_block(block, top))
+        parts.append(_block(block, top, players))
     parts.append("</ul>\n</section>" if in_list else "</section>")
     return "\n".join(parts)
 
 
-def _block(block: Block, top: float) -> str:
+def _block(block: Block, top: float, players: _Players) -> str:
     if isinstance(block, ReportText):
         return f"<p>{_escape(block.text)}</p>"
     if isinstance(block, ReportCheck):
@@ -159,7 +243,7 @@ def _block(block: Block, top: float) -> str:
         return _table(block)
     if isinstance(block, ReportFigures):
         return _figures(block)
-    return _clip(block, top)
+    return _clip(block, top, players)
 
 
 def _check(check: ReportCheck) -> str:
@@ -177,11 +261,9 @@ def _table(table: ReportTable) -> str:
     rows = []
     for row in table.rows:
         cells = "".join(
-            f"<td{' class=best' if i in table.best else ''}>{_escape(cell)}</td>"
-            for i, cell in enumerate(row)
-            if i
+            f"<td{_mark(cell, i in table.best)}>{_cell(cell)}</td>" for i, cell in enumerate(row) if i
         )
-        rows.append(f'<tr><th scope="row">{_escape(row[0])}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{_cell(row[0])}</th>{cells}</tr>')
     caption = f'<p class="caption">{_escape(table.caption)}</p>' if table.caption else ""
     return (
         f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
@@ -190,30 +272,60 @@ def _table(table: ReportTable) -> str:
     )
 
 
+def _mark(cell: str | ReportCell, best: bool) -> str:
+    mark = cell.mark if isinstance(cell, ReportCell) else ""
+    mark = mark or ("best" if best else "")
+    return f" class={mark}" if mark else ""
+
+
+def _cell(cell: str | ReportCell) -> str:
+    if isinstance(cell, str):
+        return _escape(cell)
+    text = _escape(cell.text)
+    if cell.link:
+        text = f'<a href="#{_anchor(cell.link)}">{text}</a>'
+    return text + (f"<small>{_escape(cell.detail)}</small>" if cell.detail else "")
+
+
+def _anchor(title: str) -> str:
+    """A clip's title as an identifier; different titles stay different."""
+    return "clip-" + "".join(
+        c if c.isalnum() and c.isascii() or c in "-." else f"_{ord(c):x}_" for c in title
+    )
+
+
 def _figures(figures: ReportFigures) -> str:
     drawn = "\n".join(
-        f"<figure><figcaption>{_escape(plot.title)}</figcaption>{draw_plot(plot)}</figure>"
+        f"<figure><figcaption>{_escape(plot.title)}</figcaption>{_draw(plot)}</figure>"
         for plot in figures.plots
     )
     caption = f'<p class="caption">{_escape(figures.caption)}</p>' if figures.caption else ""
     return f'<div class="plots">\n{drawn}\n</div>\n{caption}'
 
 
-def _clip(clip: ReportClip, top: float) -> str:
+def _draw(plot: Plot | Histogram) -> str:
+    return draw_plot(plot) if isinstance(plot, Plot) else draw_histogram(plot)
+
+
+def _clip(clip: ReportClip, top: float, players: _Players) -> str:
     facts = " · ".join(f"{_escape(name)} <b>{_escape(value)}</b>" for name, value in clip.facts.items())
     longest = max(
         (audio.wav.shape[-1] / audio.sample_rate for audio in clip.audios if audio.spectrogram), default=0.0
     )
-    large = "\n".join(_audio(audio, top, longest) for audio in clip.audios if audio.spectrogram)
-    small = "\n".join(_audio(audio, top, longest) for audio in clip.audios if not audio.spectrogram)
+    large = "\n".join(_audio(audio, top, longest, players) for audio in clip.audios if audio.spectrogram)
+    small = "\n".join(_audio(audio, top, longest, players) for audio in clip.audios if not audio.spectrogram)
     text = f'<p class="text">{_escape(clip.text)}</p>' if clip.text else ""
+    if clip.picture:
+        source = "data:image/png;base64," + base64.b64encode(clip.picture).decode("ascii")
+        text += f'<img alt="{_escape(clip.title)}: spectrograms" src="{source}">\n'
     return (
-        f'<article class="clip">\n<h3>{_escape(clip.title)}</h3>\n<p class="facts">{facts}</p>\n{text}'
+        f'<article class="clip" id="{_anchor(clip.title)}">\n<h3>{_escape(clip.title)}</h3>\n'
+        f'<p class="facts">{facts}</p>\n{text}'
         f'<div class="large">\n{large}\n</div>\n<div class="small">\n{small}\n</div>\n</article>'
     )
 
 
-def _audio(audio: ReportAudio, top: float, longest: float) -> str:
+def _audio(audio: ReportAudio, top: float, longest: float, players: _Players) -> str:
     seconds = audio.wav.shape[-1] / audio.sample_rate
     note = f'<span class="note">{_escape(audio.note)}</span>' if audio.note else ""
     label = (
@@ -225,7 +337,9 @@ def _audio(audio: ReportAudio, top: float, longest: float) -> str:
     if audio.spectrogram:
         name = f"{audio.label}: log-mel spectrogram"
         drawing = draw_spectrogram(audio.wav, audio.sample_rate, name, top, longest, audio.boundary)
-    source = audio_uri(audio.wav, audio.sample_rate)
+    source = players.uri(audio)
+    if source is None:
+        return f'<div class="audio">{label}{drawing}<p class="note">no room for it in this page</p></div>'
     player = f'<audio controls preload="metadata" aria-label="{_escape(audio.label)}" src="{source}"></audio>'
     return f'<div class="audio">{label}{drawing}{player}</div>'
 
@@ -266,12 +380,15 @@ p { max-width: 78ch; margin: 8px 0; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 8px 0; }
 th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child { text-align: left; } tbody th { font-weight: 600; }
-td.best { color: var(--best); font-weight: 650; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
+tbody th { font-weight: 600; } td small { display: block; color: var(--soft); font-size: 12px; font-weight: 400; }
+td.best { color: var(--best); font-weight: 650; } td a { color: inherit; }
+td.pass { color: var(--pass); font-weight: 650; } td.short { color: var(--short); font-weight: 650; }
+td.open { color: var(--soft); }
 .caption, .note, .facts, .text { color: var(--soft); font-size: 13px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 18px 26px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 18px 26px; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; margin-bottom: 2px; }
-svg { width: 100%; height: auto; display: block; }
+svg, img { width: 100%; height: auto; display: block; }
 .clip { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; padding: 14px 16px; margin: 14px 0; }
 .facts { margin: 2px 0 8px; } .facts b { color: var(--ink); font-weight: 600; }
@@ -283,6 +400,7 @@ svg { width: 100%; height: auto; display: block; }
 .large .label { min-height: 3.2em; align-content: flex-start; }
 audio { width: 100%; height: 36px; margin-top: 4px; }
 @media (max-width: 560px) { main { padding: 14px 12px 40px; } h1 { font-size: 21px; }
-  .summary { grid-template-columns: 1fr; gap: 0; }
+  .summary { grid-template-columns: 1fr; gap: 0; } th { white-space: normal; min-width: 5.5em; }
+  tbody th { min-width: 8em; }
   .summary dd { margin-bottom: 6px; } .large .label { min-height: 0; } }
 """

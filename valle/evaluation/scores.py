@@ -32,6 +32,41 @@ class SplitCodes:
 
 
 @dataclass(frozen=True)
+class PositionSums:
+    """Sums over all cuts by position in the target, some frames together.
+
+    Attributes:
+        bin_frames: frames that share a position.
+        frames: (P,) target frames at each position.
+        sums: (P, Q, 3) in the order of `frame_scores`.
+    """
+
+    bin_frames: int
+    frames: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def of(
+        cls, splits: Sequence[SplitCodes], num_quantizers: int, bin_frames: int | None
+    ) -> "PositionSums | None":
+        """Zero sums for these cuts; None without `bin_frames`."""
+        if bin_frames is None:
+            return None
+        lengths = np.array([len(split.target) for split in splits])
+        starts = np.arange(0, lengths.max(), bin_frames)
+        frames = np.clip(lengths - starts[:, None], 0, bin_frames).sum(axis=1)
+        return cls(bin_frames, frames, np.zeros((len(starts), num_quantizers, 3)))
+
+    def add(self, scores: np.ndarray, quantizer: int) -> None:
+        """Add (T, 3) scores of frames 0 … T - 1."""
+        np.add.at(self.sums[:, quantizer], np.arange(len(scores)) // self.bin_frames, scores)
+
+    def per_frame(self) -> np.ndarray:
+        """(P, Q, 3)."""
+        return self.sums / self.frames[:, None, None]
+
+
+@dataclass(frozen=True)
 class TokenScores:
     """Per cut and quantizer, sums over the target frames.
 
@@ -40,12 +75,14 @@ class TokenScores:
         loss: (n, Q) cross-entropy in nats, summed over frames.
         top1: (n, Q) frames whose code was the likeliest.
         top10: (n, Q) frames whose code was among the ten likeliest.
+        positions: the same by position, where it was asked for.
     """
 
     frames: np.ndarray
     loss: np.ndarray
     top1: np.ndarray
     top10: np.ndarray
+    positions: PositionSums | None = None
 
     def per_frame(self, metric: str, quantizer: int) -> np.ndarray:
         """(n,) mean per frame of `loss`, `top1` or `top10` of each cut."""
@@ -54,6 +91,10 @@ class TokenScores:
     def interval(self, metric: str, quantizer: int, seed: int) -> Interval:
         """Mean per frame over all cuts (long cuts weigh more), with its bootstrap interval over cuts."""
         return bootstrap_ci(self.per_frame(metric, quantizer), seed, self.frames)
+
+    def total(self, seed: int, factor: float = 1.0) -> Interval:
+        """Loss of all quantizers together, in nats per frame times `factor`."""
+        return bootstrap_ci(factor * self.loss.sum(axis=1) / np.maximum(self.frames, 1), seed, self.frames)
 
     def difference(self, other: "TokenScores", metric: str, quantizer: int, seed: int) -> Interval:
         """`self` minus `other`, paired by cut."""
@@ -81,6 +122,10 @@ def frame_scores(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([-chosen[..., 0], (rank < 1).double(), (rank < TOP_K).double()], dim=-1)
 
 
-def stack_scores(frames: Sequence[int], sums: np.ndarray) -> TokenScores:
+def stack_scores(
+    frames: Sequence[int], sums: np.ndarray, positions: PositionSums | None = None
+) -> TokenScores:
     """(n, Q, 3) sums over frames, in the order of `frame_scores` -> TokenScores."""
-    return TokenScores(np.asarray(frames, dtype=np.int64), sums[..., 0], sums[..., 1], sums[..., 2])
+    return TokenScores(
+        np.asarray(frames, dtype=np.int64), sums[..., 0], sums[..., 1], sums[..., 2], positions
+    )
