@@ -11,6 +11,7 @@ import pytest
 from lhotse import CutSet, Features
 from synthetic import write_tokenized
 
+from valle.data import packed
 from valle.data.manifests import read_manifest
 from valle.data.packed import load_codes, open_packed
 from valle.utils.errors import UserError
@@ -237,3 +238,33 @@ def test_what_is_watched_does_not_grow_with_the_corpus(tmp_path):
     sources = json.loads((codes.folder / "pack.json").read_text())["sources"]
     numbers = sorted(int(name[-7:-4]) for name in sources if name.endswith(".npy"))
     assert 64 <= len(numbers) < 128 and max(np.diff(numbers)) < 10 and numbers[-1] > 590
+
+
+def test_reading_without_lhotse_gives_the_same(tmp_path, monkeypatch):
+    """Whole cuts, shortened ones, others of the same array, marks, a float array: by either way, the same pack."""
+    folder = write_tokenized(tmp_path / "data", {"train": 8})
+    cuts = list(read_manifest(folder / "cuts_train.jsonl.gz"))
+    cuts[1] = cuts[1].truncate(duration=0.73)
+    cuts[2] = cuts[2].truncate(offset=0.2, duration=0.5)
+    cuts[3].custom["prompt_duration"] = 0.25
+    cuts[4].custom["prompt_duration"] = 1
+    array = cuts[5].audio_features.array
+    codes = np.load(f"{array.storage_path}/{array.storage_key}")
+    np.save(f"{array.storage_path}/float.npy", codes.astype(np.float32))
+    array.storage_key = "float.npy"
+    manifest = folder / "cuts_mixed.jsonl.gz"
+    CutSet.from_cuts(cuts).to_file(manifest)
+    fast = open_packed(manifest, 3, 30)
+    taken = []
+    original = packed._CodeReader.read
+    monkeypatch.setattr(packed._CodeReader, "read", lambda *given: taken.append(original(*given) is not None))
+    shutil.rmtree(folder / "packed")
+    slow = open_packed(manifest, 3, 30)
+    assert taken == [True, True, False, True, False, False, True, True]
+    for index, cut in enumerate(cuts):
+        assert fast.id(index) == slow.id(index) == cut.id
+        assert np.array_equal(fast[index], slow[index]) and len(fast[index]) > 20
+        assert np.array_equal(fast[index], load_codes(cut, 3))
+    assert np.array_equal(fast.durations, slow.durations)
+    assert np.array_equal(fast.prompt_durations, slow.prompt_durations, equal_nan=True)
+    assert fast.sources == slow.sources
