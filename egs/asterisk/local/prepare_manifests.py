@@ -57,6 +57,7 @@ NO_SPEECH = {
     "descending-2tone",
     "tt-monkeys",
 }
+NO_TEXT = "no transcript: no utterance with text, audio only"
 HELD_OUT_PART = 0.12  # of the seconds, for validation and for test each
 MIN_LEVEL = -50.0  # dBFS, RMS over a clip
 MIN_CLIP_DURATION = 0.1  # seconds
@@ -105,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             recording, supervision = write_clip(clip, language, data_dir)
             recordings.append(recording)
             supervisions.append(supervision)
-            cuts.append(make_cut(recording, supervision, "utterance"))
+            if clip.text:
+                cuts.append(make_cut(recording, supervision, "utterance"))
+            else:
+                skipped.append({"id": f"{language}/{clip.id}", "reason": NO_TEXT})
         for split in SPLITS:
             members = [clip for clip in clips if clip.split == split]
             cuts.extend(join_clips(members, language, split, data_dir, config, skipped))

@@ -1,0 +1,10 @@
+"""`python -m valle.bin.trainer` with this recipe's conf/valle.yaml; the command line wins."""
+
+from functools import partial
+from pathlib import Path
+
+from valle.bin.trainer import main
+from valle.utils.command import run
+
+if __name__ == "__main__":
+    run(partial(main, defaults=Path(__file__).resolve().parents[1] / "conf" / "valle.yaml"))

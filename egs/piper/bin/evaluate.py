@@ -1,0 +1,10 @@
+"""`python -m valle.bin.evaluate` with this recipe's newest checkpoint as the default."""
+
+from functools import partial
+from pathlib import Path
+
+from valle.bin.evaluate import main
+from valle.utils.command import run
+
+if __name__ == "__main__":
+    run(partial(main, recipe=Path(__file__).resolve().parents[1]))
