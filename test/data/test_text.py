@@ -260,7 +260,7 @@ def test_the_command_writes_symbols_that_the_split_puts_into_cuts(folder):
     custom = cuts["utterance-train"].supervisions[0].custom
     assert custom == {"split": "train", "tokens": {"text": list("text_train.")}}
     assert tokenizer("Text train.") == custom["tokens"]["text"] and table.encode(custom["tokens"]["text"])
-    assert "tokens" not in cuts["silent"].supervisions[0].custom
+    assert list(cuts) == ["utterance-train"], "the one without a text is left out"
     (audio,) = read_manifest(folder / "cuts_train.jsonl.gz")
     assert "tokens" not in audio.supervisions[0].custom
     with gzip.open(folder / "text_tokens.jsonl.gz", "rt") as file:
@@ -270,6 +270,17 @@ def test_the_command_writes_symbols_that_the_split_puts_into_cuts(folder):
     command.main(flags)
     split_command.main(["--manifest-dir", str(folder)])
     assert _snapshot(folder) == before
+
+
+def test_what_has_notes_need_no_text(folder):
+    played = _cut("played", None)
+    played.custom["midi"] = "played.mid"
+    write_cuts(folder / "cuts_all.jsonl.gz", [*read_manifest(folder / "cuts_all.jsonl.gz"), played])
+    command.main(["--manifest-dir", str(folder), "--text-extractor", "characters"])
+    split_command.main(["--manifest-dir", str(folder)])
+    cuts = {cut.id: cut for cut in read_manifest(folder / "utterances_train.jsonl.gz")}
+    assert set(cuts) == {"utterance-train", "played"}
+    assert "tokens" not in cuts["played"].supervisions[0].custom
 
 
 def test_symbols_of_other_texts_are_not_taken(folder):

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import random
 import re
 import unicodedata
@@ -27,6 +28,7 @@ from lhotse.utils import fastcopy
 from valle.utils.errors import UserError
 from valle.utils.files import atomic_path
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 VALIDATION_PART = 0.1
 TEST_PART = 0.1
@@ -295,7 +297,8 @@ def write_manifests(
 def split_manifest(folder: Path) -> dict[str, int]:
     """Stage 3: cuts_all.jsonl.gz -> cuts_<split>.jsonl.gz (kind audio), utterances_<split>.jsonl.gz (kind utterance).
 
-    Where text_tokens.jsonl.gz lies beside, utterances get their text symbols.
+    Where text_tokens.jsonl.gz lies beside, utterances get their text symbols; those in which there is nothing to read,
+    neither symbols nor MIDI, are left out.
 
     Returns:
         Number of cuts by file name.
@@ -306,6 +309,7 @@ def split_manifest(folder: Path) -> dict[str, int]:
     tokens = read_text_tokens(folder / TEXT_TOKENS_FILE)
     prefixes = {"audio": "cuts", "utterance": "utterances"}
     files: dict[str, list[Cut]] = {f"cuts_{split}.jsonl.gz": [] for split in SPLITS}
+    silent: list[str] = []
     for cut in read_manifest(folder / "cuts_all.jsonl.gz"):
         custom = cut.custom or {}
         split, kind = custom.get("split"), custom.get("kind")
@@ -314,20 +318,28 @@ def split_manifest(folder: Path) -> dict[str, int]:
                 f"cut '{cut.id}': split is {split!r} and kind is {kind!r}, expected one of {', '.join(SPLITS)} and"
                 f" one of {', '.join(prefixes)}; run prepare.sh --stage 1 again"
             )
-        if tokens and kind == "utterance" and cut_text(cut):
-            text, symbols = tokens.get(cut.id, (None, []))
+        if tokens and kind == "utterance":
+            text, symbols = tokens.get(cut.id, ("", []))
             if text != cut_text(cut):
                 raise UserError(
                     f"cut '{cut.id}': its text is not the one in '{folder / TEXT_TOKENS_FILE}';"
                     " run python -m valle.bin.text_tokens again"
                 )
-            cut = with_tokens(cut, symbols)
+            if symbols:
+                cut = with_tokens(cut, symbols)
+            elif not custom.get("midi"):
+                silent.append(cut.id)
+                continue
         files.setdefault(f"{prefixes[kind]}_{split}.jsonl.gz", []).append(cut)
     empty = [name for name, cuts in files.items() if not cuts]
     if empty:
         raise UserError(f"'{folder}': no cut for {', '.join(empty)}; more recordings are needed")
     for name, cuts in files.items():
         write_cuts(folder / name, cuts)
+    if silent:
+        log.warning(
+            "left out %d utterances without a text that can be read, such as '%s'", len(silent), silent[0]
+        )
     for split in SPLITS:
         name = f"utterances_{split}.jsonl.gz"
         if name not in files:
