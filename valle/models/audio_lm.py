@@ -30,7 +30,8 @@ from valle.models.codec_lm import (
     new_embedding,
     new_prenet,
 )
-from valle.models.generating import Generation, Generator, Prompts, Stream
+from valle.models.generating import Generation, Generator, Stream
+from valle.models.prompts import Prompts
 from valle.modules.cache import Cache
 from valle.modules.embeddings import sum_embeddings
 from valle.modules.masks import lengths_to_mask

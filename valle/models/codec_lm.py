@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valle.models.generating import Prompts
+from valle.models.prompts import Prompts
 from valle.models.watched import code_metrics
 from valle.modules.cache import Cache
 from valle.modules.embeddings import SinePositions, sum_embeddings

@@ -28,6 +28,7 @@ from valle.generation.decoding import Decoded, FrameLoop, GuidedSession
 from valle.generation.graphs import GraphedStep
 from valle.generation.patterns import PatternSession, new_frames
 from valle.generation.sampling import Sampling
+from valle.models.prompts import Prompts, make_prompts
 from valle.modules.cache import GraphCache
 from valle.modules.packing import packed
 from valle.utils.errors import UserError
@@ -37,61 +38,6 @@ if TYPE_CHECKING:
     from valle.models.codec_lm import CodecLM
 
 WINDOW_PROMPT = 0.4  # part of a window that is prompt, when a continuation is longer than the window
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Rows that are to be continued.
-
-    Attributes:
-        codes: (B, S, Q), right-padded; S may be 0 where there is text.
-        lens: (B,) frames.
-        text: (B, L) symbols or (B, L, F) notes to be read, right-padded, those of the prompt first.
-        text_lens: (B,).
-        prompt_text_lens: (B,) how much of each text belongs to the prompt, where that is known.
-        prefix_lens: (B,) for in-filling: frames before the gap; the others stand behind it.
-        gap_lens: (B,) for in-filling: frames of the gap.
-    """
-
-    codes: Tensor
-    lens: Tensor
-    text: Tensor | None = None
-    text_lens: Tensor | None = None
-    prompt_text_lens: Tensor | None = None
-    prefix_lens: Tensor | None = None
-    gap_lens: Tensor | None = None
-
-    @property
-    def columns(self) -> int:
-        """Columns that the rows take in a decoder, at most."""
-        return self.codes.shape[1] + (0 if self.text is None else self.text.shape[1])
-
-    def with_codes(self, codes: Tensor, lens: Tensor) -> "Prompts":
-        """The same text behind other codes."""
-        return replace(self, codes=codes, lens=lens)
-
-    def row(self, index: int) -> "Prompts":
-        """One row, (1, …)."""
-        parts = (self.codes, self.lens, self.text, self.text_lens, self.prompt_text_lens)
-        codes, lens, *text = (None if part is None else part[index : index + 1] for part in parts)
-        assert codes is not None and lens is not None
-        return Prompts(codes, lens, *text)
-
-
-def make_prompts(
-    codes: Sequence[Tensor],
-    texts: Sequence[Tensor] | None = None,
-    prompt_text_lens: Sequence[int] | None = None,
-) -> Prompts:
-    """Rows of codes (S_i, Q) and, where the model reads any, of text (L_i,) or (L_i, F)."""
-    device = codes[0].device
-    lens = torch.tensor([len(row) for row in codes], device=device)
-    padded = pad_sequence(list(codes), batch_first=True)
-    if texts is None:
-        return Prompts(padded, lens)
-    text_lens = torch.tensor([len(row) for row in texts], device=device)
-    own = None if prompt_text_lens is None else torch.tensor(prompt_text_lens, device=device)
-    return Prompts(padded, lens, pad_sequence(list(texts), batch_first=True), text_lens, own)
 
 
 @dataclass

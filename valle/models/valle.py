@@ -33,7 +33,8 @@ from valle.models.codec_lm import (
     check_reduction,
     new_embedding,
 )
-from valle.models.generating import Generation, Generator, Prompts, Stream, make_prompts
+from valle.models.generating import Generation, Generator, Stream
+from valle.models.prompts import Prompts, make_prompts
 from valle.modules.cache import Cache
 from valle.modules.embeddings import FieldEmbedding
 from valle.modules.masks import lengths_to_mask
