@@ -12,9 +12,11 @@ import time
 
 import pytest
 import torch
-from synthetic import write_tokenized
+from synthetic import TINY_CODEBOOK, save_tiny_codec, write_tokenized
 
+from valle.bin import trainer_codec
 from valle.bin.trainer_audiolm import main
+from valle.codecs import load_codec
 from valle.config import TrainConfig
 from valle.data.checks import check_codec
 from valle.data.dataset import read_codec_info
@@ -183,7 +185,6 @@ def test_a_joint_training_gives_its_halves_to_the_stages(tokenized, tmp_path):
 
 
 def test_a_codec_is_trained_in_both_stages(tmp_path, monkeypatch):
-    from valle.bin import trainer_codec
     from valle.config import TrainConfig as Config
 
     trained = []
@@ -196,9 +197,34 @@ def test_a_codec_is_trained_in_both_stages(tmp_path, monkeypatch):
     assert trained == [1, 2, 2]
     with pytest.raises(UserError, match="1 .everything., 2 .decoder, adversarial. or auto"):
         main([])
-    with pytest.raises(UserError, match="--init-from is for AudioLMs"):
+    with pytest.raises(UserError, match="x.pt"):
         main(["--train-stage", "1", "--init-from", "x.pt"])
     assert Config().train_stage == 0
+
+
+def test_a_codec_starts_from_another_one(tmp_path, monkeypatch):
+    given = save_tiny_codec(tmp_path / "tiny")
+    seen = []
+
+    class Trainer:
+        def __init__(self, model, config, train, valid, saved):
+            seen.append((model.codec, saved["config"]["codec"]))
+
+        def resume(self):
+            pass
+
+        run = resume
+
+    monkeypatch.setattr(trainer_codec, "Trainer", Trainer)
+    monkeypatch.setattr(trainer_codec, "split_paths", lambda *_: [])
+    monkeypatch.setattr(trainer_codec, "RandomSegments", lambda *_: None)
+    trainer_codec.main(["--train-stage", "1", "--init-from", str(given), "--exp-dir", str(tmp_path / "exp")])
+    ((codec, architecture),) = seen
+    expected = load_codec(given)
+    assert architecture["codebook_size"] == TINY_CODEBOOK
+    assert codec.fingerprint() == expected.fingerprint()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in codec.state_dict().items())
+    assert any(parameter.requires_grad for parameter in codec.parameters())
 
 
 # ------------------------------------------------------------------------------------------- fine-tuning

@@ -1,7 +1,8 @@
 """Train the project's own codec: `--train-stage 1` everything, then `2` the decoder against a discriminator; or `auto`.
 
-Stage 2 keeps encoder and codebooks, so language models trained on the codes of stage 1 stay valid. `--export DIR`
-writes the newest weights as a codec folder, for `--codec DIR`.
+Stage 2 keeps encoder and codebooks, so language models trained on the codes of stage 1 stay valid. `--init-from CODEC`
+(valle_16khz, or a codec's folder) starts from its weights instead of random ones. `--export DIR` writes the newest
+weights as a codec folder, for `--codec DIR`.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from valle.codecs import load_codec
 from valle.codecs.spectral_codec import SpectralCodec, SpectralCodecConfig
 from valle.codecs.training import CodecTraining
 from valle.config import TrainConfig, option, parse, to_dict
@@ -71,6 +73,20 @@ def export(exp_dir: Path, folder: Path) -> None:
     print(f"wrote {folder} from step {contents['step']}, stage {contents['train_stage']}")
 
 
+def start_codec(name: str) -> SpectralCodec:
+    """The codec that a training starts from.
+
+    Raises:
+        UserError: there is none of that name, or it is of another kind.
+    """
+    codec = load_codec(name)
+    if not isinstance(codec, SpectralCodec):
+        raise UserError(
+            f"--init-from '{name}' is not of the project's own kind of codec; expected valle_16khz or a folder"
+        )
+    return codec
+
+
 def train(data: CodecDataConfig, config: TrainConfig, architecture: SpectralCodecConfig) -> None:
     """The stage, or both one after the other."""
     numbers = (1, 2) if config.train_stage == "auto" else (config.train_stage,)
@@ -87,7 +103,10 @@ def train_stage(data: CodecDataConfig, config: TrainConfig, architecture: Spectr
         RandomSegments(split_paths(data.manifest, split), rate, data.segment, data.batch_size, seed)
         for split, seed in (("train", config.seed + 1000 * distributed.rank()), ("validation", 0))
     ]
-    model = CodecTraining(SpectralCodec(architecture))
+    codec = SpectralCodec(architecture)
+    if config.init_from is not None:
+        codec.load_state_dict(start_codec(config.init_from).state_dict())
+    model = CodecTraining(codec)
     saved = {
         "config": {"codec": dataclasses.asdict(architecture), "data": to_dict(data), "train": to_dict(config)}
     }
@@ -105,12 +124,11 @@ def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> Non
         raise UserError(
             "--train-stage must be 1 (everything), 2 (decoder, adversarial) or auto for the codec"
         )
-    if config.init_from is not None:
-        raise UserError("--init-from is for AudioLMs; a codec's training goes on from its own --exp-dir")
     stages.check_flags(config)
+    architecture = SpectralCodecConfig() if config.init_from is None else start_codec(config.init_from).config
     distributed.launch(
         train,
-        (data, config, SpectralCodecConfig()),
+        (data, config, architecture),
         config.world_size,
         config.master_port,
         config.stuck_timeout,
