@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,6 +274,17 @@ def test_tasks_are_chosen(world, tasks, expected):
     _, cuts, _ = world
     chosen = judging.choose_tasks(tasks, cuts["test"])
     assert expected <= set(chosen) and ("music" in chosen) == ("music" in expected)
+
+
+def test_a_piano_is_not_heard_as_speech(world):
+    """Notes without words: no DNSMOS; with words, or without either, it is measured."""
+
+    def cut(text, midi):
+        words = [SimpleNamespace(text=text)] if text else []
+        return SimpleNamespace(supervisions=words, custom={"midi": midi} if midi else {})
+
+    for text, midi, expected in (("", "a.mid", False), ("words", "a.mid", True), ("", "", True)):
+        assert ("quality" in judging.choose_tasks("auto", [cut(text, midi)])) == expected
 
 
 def test_unknown_tasks_are_named(world):

@@ -62,14 +62,19 @@ class Judges:
 
 
 def choose_tasks(text: str, cuts: Iterable[Cut]) -> tuple[str, ...]:
-    """`--tasks`: names with commas, `all`, or `auto`: speech where cuts have words, music where they have notes."""
+    """`--tasks`: names with commas, `all`, or `auto`.
+
+    `auto` is speech where cuts have words, and music where they have notes; then quality only where they have words.
+    """
     if text == "all":
         return TASKS
     if text == "auto":
         cuts = list(cuts)
         words = any(part.text for cut in cuts for part in cut.supervisions)
         notes = any((cut.custom or {}).get("midi") for cut in cuts)
-        absent = {name for name, there in (("speech", words), ("music", notes)) if not there}
+        # DNSMOS has heard speech alone: of a piano it prefers silence.
+        there = {"speech": words, "music": notes, "quality": words or not notes}
+        absent = {name for name, wanted in there.items() if not wanted}
         return tuple(task for task in TASKS if task not in absent)
     named = [part.strip() for part in text.split(",") if part.strip()]
     unknown = [name for name in named if name not in TASKS]
