@@ -31,7 +31,8 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exit 2
 fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")  # into head it might break the pipe, and end the job
+first=${hosts%%$'\n'*}
 again=no
 
 # scancel signals the job's steps, not this script.
