@@ -106,7 +106,10 @@ class ValleConfig(ModelConfig):
         "utterance of the same recording",
         [0, 1, 2, 4],
     )
-    time_aligned: bool = option(True, "midi-valle: notes and audio have one clock")
+    time_aligned: bool = option(
+        True,
+        "what is read and its audio have one clock: notes exactly, symbols of a text as long as the average",
+    )
 
 
 @dataclass

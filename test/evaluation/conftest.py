@@ -1,5 +1,7 @@
 """Small stand-ins for a model, a codec and cuts, with known answers."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from valle.codecs.base import Codec
 from valle.models import Generation
+from valle.models.prompts import Prompts
 from valle.utils.audio import save_audio
 
 CODES = 12  # values of a code: more than ten, so that top-10 can miss
@@ -56,6 +59,11 @@ class CountingModel(nn.Module):
 
     def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
         return self._logits((y[..., quantizer - 1] + 1) % CODES, CODES)
+
+    def forced_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> Iterator[Tensor]:
+        yield self.ar_logits(prompts.codes, prompts.lens, y[..., 0], y_lens)[:, : y.shape[1]]
+        for quantizer in range(1, QUANTIZERS):
+            yield self.nar_logits(prompts.codes, prompts.lens, y, y_lens, quantizer)
 
     def inference(
         self,

@@ -126,7 +126,7 @@ def test_results_wavs_and_report(world, tmp_path):
         raise AssertionError(f"{constant} is no JSON")
 
     assert json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=refuse) == results
-    assert results["prompt_ratio"] == 0.5 and results["data"]["test"] == {
+    assert results["prompt"] == "50% of it" and results["data"]["test"] == {
         "manifest": config.manifest, "cuts": 4, "frames": 315, "seconds": 6.3,
     }  # fmt: skip
     assert [cut["frames"] for cut in results["per_cut"]] == [38, 45, 20, 55]
@@ -296,7 +296,7 @@ def test_unknown_tasks_are_named(world):
 
 def test_batches_hold_all_rows_and_bounded_frames():
     lengths = [200, 5000, 900, 300, 20_000, 200]
-    batches = continuation_batches(lengths, 100)
+    batches = continuation_batches([(100, length - 100) for length in lengths])
     assert sorted(sum(batches, [])) == list(range(6))
     for batch in batches:
         longest = 100 + max(longest_continuation(lengths[row] - 100) for row in batch)

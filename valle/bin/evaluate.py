@@ -21,13 +21,13 @@ from valle.utils.log import setup_logger
 
 def main(argv: Sequence[str] | None = None, recipe: Path | None = None) -> None:
     """Parse, evaluate, print. In a recipe, the newest checkpoint of its exp/ and its test cuts are the defaults."""
-    (config,) = parse("Evaluate an AudioLM on held-out cuts.", [EvaluateConfig], argv)
+    (config,) = parse("Evaluate an AudioLM or a VALL-E on held-out cuts.", [EvaluateConfig], argv)
     if config.compare:
         compare_and_print(config.compare, config.output_dir, config.report)
         return
     if recipe is not None:
         config.checkpoint = config.checkpoint or str(find_checkpoint(recipe))
-        config.manifest = config.manifest or str(recipe / "data" / "tokenized" / "cuts_test.jsonl.gz")
+        config.manifest = config.manifest or str(recipe / "data" / "tokenized")
         config.output_dir = config.output_dir or str(Path(config.checkpoint).parent / "report")
     setup_logger()
     results = evaluate(config)

@@ -25,10 +25,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from valle.bin.inference import Setup, check_target, decode, flag, play, read_prompt, write
 from valle.config import option
-from valle.data.midi import Notes, crop, make_midi_tokenizer, make_notes, read_notes, sustained
+from valle.data.midi import (
+    Notes,
+    crop,
+    join_notes,
+    make_midi_tokenizer,
+    make_notes,
+    read_notes,
+    sustained,
+)
 from valle.data.passages import divide
-from valle.data.symbols import UNK, SymbolTable
-from valle.data.text import WORD_BORDER, make_text_tokenizer
+from valle.data.symbols import UNK, WORD_BORDER, SymbolTable
+from valle.data.text import make_text_tokenizer
 from valle.evaluation.metrics import METRICS, Case, Excerpt, Metric
 from valle.models import VALLE, Generation
 from valle.models.builder import PROMPT_SECONDS
@@ -434,17 +442,6 @@ class NoteReader(Reader):
         most = float(self.tokenizer.max_duration)
         room = (most if trained is None else min(most, float(trained))) - max(prompt_seconds, PROMPT_SECONDS)
         return min(LONGEST_STRETCH, max(SHORTEST_STRETCH, room))
-
-
-def join_notes(first: Notes, second: Notes, seconds: float) -> Notes:
-    """Two performances, the second `seconds` later."""
-    return make_notes(
-        np.concatenate([first.onset, second.onset + seconds]),
-        np.concatenate([first.offset, second.offset + seconds]),
-        np.concatenate([first.pitch, second.pitch]),
-        np.concatenate([first.velocity, second.velocity]),
-        np.concatenate([first.pedal, second.pedal + seconds]),
-    )
 
 
 # -------------------------------------------------------------------------------------------- what is made of it

@@ -15,7 +15,7 @@ import torch
 from valle.codecs import load_codec
 from valle.codecs.spectral_codec import SpectralCodec, SpectralCodecConfig
 from valle.codecs.training import CodecTraining
-from valle.config import TrainConfig, option, parse, to_dict
+from valle.config import TrainConfig, chosen_by_user, option, parse, to_dict
 from valle.data.manifests import read_manifest
 from valle.data.waveforms import RandomSegments
 from valle.engine import stages
@@ -87,6 +87,23 @@ def start_codec(name: str) -> SpectralCodec:
     return codec
 
 
+def start_architecture(name: str, asked: SpectralCodecConfig) -> SpectralCodecConfig:
+    """The architecture of the codec that a training starts from.
+
+    Raises:
+        UserError: flags ask for another one.
+    """
+    found = start_codec(name).config
+    for field in chosen_by_user(asked):
+        if getattr(asked, field) != getattr(found, field):
+            flag = f"--{field.replace('_', '-')}"
+            raise UserError(
+                f"{flag} is {getattr(asked, field)}, but --init-from '{name}' has {getattr(found, field)}; leave one "
+                "of them out"
+            )
+    return found
+
+
 def train(data: CodecDataConfig, config: TrainConfig, architecture: SpectralCodecConfig) -> None:
     """The stage, or both one after the other."""
     numbers = (1, 2) if config.train_stage == "auto" else (config.train_stage,)
@@ -117,7 +134,9 @@ def train_stage(data: CodecDataConfig, config: TrainConfig, architecture: Spectr
 
 def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> None:
     """Entry point; `defaults` is a recipe's YAML file."""
-    data, config = parse(__doc__ or "", [CodecDataConfig, TrainConfig], argv, defaults)
+    data, architecture, config = parse(
+        __doc__ or "", [CodecDataConfig, SpectralCodecConfig, TrainConfig], argv, defaults
+    )
     if data.export:
         return export(Path(config.exp_dir), Path(data.export))
     if config.train_stage not in (1, 2, "auto"):
@@ -125,7 +144,8 @@ def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> Non
             "--train-stage must be 1 (everything), 2 (decoder, adversarial) or auto for the codec"
         )
     stages.check_flags(config)
-    architecture = SpectralCodecConfig() if config.init_from is None else start_codec(config.init_from).config
+    if config.init_from is not None:
+        architecture = start_architecture(config.init_from, architecture)
     distributed.launch(
         train,
         (data, config, architecture),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from valle.codecs.base import Codec
+from valle.config import option
 from valle.modules.convolutions import ConvNeXtStack
 from valle.modules.quantizer import ResidualQuantizer
 from valle.modules.spectral import InverseSpectrogram, LogMel
@@ -32,20 +33,24 @@ TRAINING_ONLY = (".usage", ".sums", ".started")  # codebook state that inference
 class SpectralCodecConfig:
     """Architecture of the project's own codec."""
 
-    sample_rate: int = 16000  # Hz
-    hop_length: int = 320  # samples a frame
-    num_quantizers: int = 4
-    codebook_size: int = 1024
-    n_fft: int = 640  # samples a spectrum sees
-    n_mels: int = 80
-    latent_dim: int = 64
-    encoder_dim: int = 256
-    encoder_depth: int = 5
-    encoder_kernel: int = 5
-    decoder_dim: int = 384
-    decoder_depth: int = 7
-    decoder_kernel: int = 7
-    quantizer_dropout: float = 0.25
+    sample_rate: int = option(16000, "of what it codes, in Hz")
+    hop_length: int = option(320, "samples a frame")
+    num_quantizers: int = option(4, "codebooks: bits a frame are so many times those of one")
+    codebook_size: int = option(1024, "entries of a codebook")
+    n_fft: int = option(
+        640, "samples a spectrum sees: long ones tell notes that sound together, short ones keep the time"
+    )
+    n_mels: int = option(80, "mel bands that the encoder sees")
+    latent_dim: int = option(64, "width of what is quantized")
+    encoder_dim: int = option(256, "width of the encoder")
+    encoder_depth: int = option(5, "blocks of the encoder")
+    encoder_kernel: int = option(5, "frames that an encoder's block sees")
+    decoder_dim: int = option(384, "width of the decoder")
+    decoder_depth: int = option(7, "blocks of the decoder")
+    decoder_kernel: int = option(7, "frames that a decoder's block sees")
+    quantizer_dropout: float = option(
+        0.25, "how often a training row has its last quantizers left out, so that fewer serve too"
+    )
 
 
 class SpectralCodec(Codec):

@@ -230,6 +230,17 @@ def crop(notes: Notes, start: float, end: float) -> Notes:
     )
 
 
+def join_notes(first: Notes, second: Notes, seconds: float) -> Notes:
+    """Two performances, the second `seconds` later."""
+    return make_notes(
+        np.concatenate([first.onset, second.onset + seconds]),
+        np.concatenate([first.offset, second.offset + seconds]),
+        np.concatenate([first.pitch, second.pitch]),
+        np.concatenate([first.velocity, second.velocity]),
+        np.concatenate([first.pedal, second.pedal + seconds]),
+    )
+
+
 def cut_notes(cut: Cut) -> Notes:
     """The notes of a cut, from the MIDI file that custom["midi"] names, on the cut's own clock.
 

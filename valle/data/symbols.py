@@ -11,11 +11,14 @@ A file has one `symbol id` a line; `<eps>`, the empty symbol, is first and has i
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from valle.utils.errors import UserError
 from valle.utils.files import atomic_path
 
 EPS = "<eps>"
 UNK = "<unk>"
+WORD_BORDER = "_"
 ENDS = ("<bos>", "<eos>")  # begin and end of a text, where a model has been trained with them
 SYMBOLS_FILE = "unique_text_tokens.k2symbols"
 
@@ -183,3 +186,26 @@ class SymbolTable:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"symbol table '{path}' cannot be read ({error})") from error
         return cls.from_text(text, f"symbol table '{path}'")
+
+
+def join_symbols(
+    text: np.ndarray, prompt: np.ndarray | None, table: SymbolTable, ends: bool
+) -> tuple[np.ndarray, int]:
+    """What a model is given of a prompt's text and its own, a word border between them.
+
+    Args:
+        text, prompt: (L,) ids.
+        table: of all symbols.
+        ends: texts begin and end with a symbol of their own.
+
+    Returns:
+        (L,) int64 ids, and how many of them are the prompt's; the two ends are counted, as if it stood alone.
+    """
+    first = [] if prompt is None else prompt.tolist()
+    if first and WORD_BORDER in table:
+        first += table.encode([WORD_BORDER])
+    ids = [*first, *text.tolist()]
+    if ends:
+        begin, end = table.encode(ENDS)
+        ids = [begin, *ids, end]
+    return np.array(ids, dtype=np.int64), len(first) + 2 * ends

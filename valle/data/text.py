@@ -24,13 +24,12 @@ from typing import Any
 from lhotse.cut import Cut
 
 from valle.data.manifests import TEXT_TOKENS_FILE, cut_text, stream_manifest, write_bytes, write_jsonl
-from valle.data.symbols import SYMBOLS_FILE, SymbolTable
+from valle.data.symbols import SYMBOLS_FILE, WORD_BORDER, SymbolTable
 from valle.utils.errors import UserError
 from valle.utils.progress import progress
 
 log = logging.getLogger(__name__)
 
-WORD_BORDER = "_"
 STRESS = "ˈˌ"
 PUNCTUATION = '.,;:!?…—"()[]{}¡¿'
 TOKENIZER_FILE = "text_tokenizer.json"

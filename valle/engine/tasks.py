@@ -46,6 +46,9 @@ class Task(Protocol):
     manifests: str
     text: dict[str, Any] | None
 
+    def prepare(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> None:
+        """Measure on the training cuts what a new model is to know of them, into `text`."""
+
     def dataset(
         self, manifest: Path, codec: dict[str, Any], num_quantizers: int, seed: int, training: bool
     ) -> PromptTargetDataset | TextAudioDataset:
@@ -67,6 +70,9 @@ class AudioTask:
 
     def __init__(self, data: DataConfig) -> None:
         self.data = data
+
+    def prepare(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> None:
+        """See `Task`: nothing."""
 
     def dataset(
         self, manifest: Path, codec: dict[str, Any], num_quantizers: int, seed: int, training: bool
@@ -110,7 +116,18 @@ class TextTask:
             **self.source.config(),
             "sizes": self.source.sizes,
             "field_dims": (text or {}).get("field_dims"),
+            "frames_per_symbol": (text or {}).get("frames_per_symbol"),
         }
+        self.measures_clock = config.time_aligned and text is None and isinstance(self.source, CutSymbols)
+
+    def prepare(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> None:
+        """See `Task`: how long a symbol lasts, where text and audio are to share a clock."""
+        if not self.measures_clock:
+            return
+        frames = open_packed(manifest, num_quantizers, int(codec["codebook_size"])).frames.sum()
+        symbols = open_packed_texts(manifest, self.source).lens.sum()
+        assert self.text is not None
+        self.text["frames_per_symbol"] = round(float(frames / symbols), 2)
 
     def dataset(
         self, manifest: Path, codec: dict[str, Any], num_quantizers: int, seed: int, training: bool
@@ -179,9 +196,10 @@ def train_stage(model_config: ModelConfig, data: DataConfig, config: TrainConfig
             f"--num-quantizers is {model_config.num_quantizers}, but the codes in '{folder}' have "
             f"{codec['num_quantizers']}; lower it, or run prepare.sh --stage 2 with another codec"
         )
-    torch.manual_seed(config.seed)
     if start is not None:
         stages.check_text(start, task.text)
+    task.prepare(manifests[0], codec, model_config.num_quantizers)
+    torch.manual_seed(config.seed)
     model = build_model(model_config, int(codec["codebook_size"]), task.text, codec.get("frame_rate"))
     if model_config.codebook_embedding:
         start_embeddings(model, codec)

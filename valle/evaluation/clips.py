@@ -1,17 +1,16 @@
 """Held-out recordings and what the model makes of their beginnings: the clips that one listens to and judges.
 
-Each cut's true codes are split after some seconds of prompt, and the model continues the prompt some times, until it
-ends by itself or has gone on half as long again as the recording does. Beside the continuations stand the recording,
-its resynthesis by the codec (no model of this codec can sound better) and three answers that take no model: the
-prompt over and over, codes drawn from the unigrams, and silence.
+The model continues a prompt some times, until it ends by itself or has gone on half as long again as the recording.
+Beside the continuations stand the recording, its resynthesis by the codec (no model of this codec can sound better) and
+three answers that take no model: the prompt over and over, codes drawn from the unigrams, and silence. A model that
+reads is given another cut's text too.
 """
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from lhotse.cut import Cut
 from valle.codecs import Codec
 from valle.evaluation.audio import log_mel_distance
 from valle.evaluation.baselines import Unigram, sample_unigram
-from valle.evaluation.likelihood import pad_codes
 from valle.evaluation.metrics import Excerpt
 from valle.evaluation.statistics import Interval, bootstrap_ci
 from valle.utils.audio import convert_audio, save_audio
@@ -37,6 +35,7 @@ CONDITIONS = {
     "recording": "recording",
     "resynthesis": "codec resynthesis of the recording",
     "model": "prompt + continuation by the model",
+    "wrong": "prompt + continuation by the model, given another cut's text or notes",
     "loop": "prompt over and over",
     "unigram": "prompt + codes drawn from the unigrams",
     "silence": "prompt + silence",
@@ -61,33 +60,41 @@ class Continuation:
     finish_reason: str
 
 
-def continue_prompts(
-    model: Any,
-    prompts: Sequence[np.ndarray],
-    most: Sequence[int],
-    seed: int,
-    temperature: float,
-    top_k: int,
-) -> list[Continuation]:
-    """Continue a batch of prompts: the one place that knows how a model is asked.
+@dataclass(frozen=True)
+class Question:
+    """What a model is given of a held-out cut, and what really came.
 
-    Args:
-        model: an AudioLM.
-        prompts: (S_i, Q) codes each.
-        most: frames that each may get.
-        seed: of the sampling.
-        temperature, top_k: of the sampling.
+    Attributes:
+        cut: the held-out cut.
+        codes: (T, Q) of the prompt, then the true ones.
+        prompt_frames: S, frames of the prompt.
+        prompt_cut: the cut that is the prompt; None: `cut` begins with it.
+        text: (L,) or (L, F) ids of what is read, the prompt's first; None where nothing is.
+        own: how many of them are the prompt's.
+        wrong: another cut's text behind the prompt's.
     """
-    device = next(model.parameters()).device
-    x, x_lens = pad_codes(prompts, device)
-    made = model.generate(x, x_lens, max(most), temperature, top_k, seed=seed)
-    out = []
-    for codes, start, limit, reason in zip(
-        made.codes, made.prompt_lens, most, made.finish_reasons, strict=True
-    ):
-        new = codes[start:].cpu().numpy()
-        out.append(Continuation(new[:limit], reason if len(new) <= limit else "length"))
-    return out
+
+    cut: Cut
+    codes: np.ndarray
+    prompt_frames: int
+    prompt_cut: Cut | None = None
+    text: np.ndarray | None = None
+    own: int = 0
+    wrong: np.ndarray | None = None
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """(S, Q)."""
+        return self.codes[: self.prompt_frames]
+
+    @property
+    def rest(self) -> int:
+        """Frames that came after the prompt."""
+        return len(self.codes) - self.prompt_frames
+
+    def with_wrong_text(self) -> "Question":
+        """The same, with another cut's text to read."""
+        return replace(self, text=self.wrong, wrong=None)
 
 
 def longest_continuation(rest: int) -> int:
@@ -95,16 +102,16 @@ def longest_continuation(rest: int) -> int:
     return math.ceil(MOST_LENGTH * rest)
 
 
-def continuation_batches(lengths: Sequence[int], prompt_frames: int) -> list[list[int]]:
+def continuation_batches(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Rows in batches of similar length.
 
     Args:
-        lengths: frames of each recording.
-        prompt_frames: of them, given to the model.
+        lengths: frames of each prompt, and of what came after it.
     """
+    longest = [prompt + longest_continuation(rest) for prompt, rest in lengths]
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        frames = prompt_frames + longest_continuation(lengths[row] - prompt_frames)
+    for row in sorted(range(len(lengths)), key=lambda row: longest[row]):
+        frames = longest[row]
         if batches and frames * (len(batches[-1]) + 1) <= BATCH_FRAMES:
             batches[-1].append(row)
         else:
@@ -123,7 +130,8 @@ class Clip:
         asked_frames: of recording after the prompt.
         new_frames: of the model's first continuation.
         wavs: condition -> (C, N) float32, prompt included: recording (where it is there), resynthesis, model-0 …
-            model-(n-1), loop, unigram, silence.
+            model-(n-1), wrong (of models that read), loop, unigram, silence.
+        prompt_id: of the cut that is the prompt, where that is another one.
     """
 
     cut_id: str
@@ -133,6 +141,7 @@ class Clip:
     asked_frames: int
     new_frames: int
     wavs: dict[str, np.ndarray] = field(default_factory=dict)
+    prompt_id: str | None = None
 
     def part(self, condition: str, part: str) -> np.ndarray:
         """(C, N) of `full`, `prompt` or `continuation`."""
@@ -144,50 +153,50 @@ class Clip:
         return Excerpt(np.ascontiguousarray(self.part(condition, part)), self.sample_rate)
 
 
-def choose_cuts(cuts: Sequence[Cut], number: int, prompt_seconds: float, seed: int) -> list[Cut]:
-    """Draw cuts at random among those that go on long enough after the prompt: nobody picks the good ones.
+def choose_cuts(cuts: Sequence[Cut], number: int, shortest: float, seed: int) -> list[Cut]:
+    """Draw cuts at random among those that are long enough: nobody picks the good ones.
 
     Args:
         cuts: to choose from.
         number: how many at most.
-        prompt_seconds: length of the prompt.
+        shortest: seconds of a cut, at least.
         seed: of the draw.
     """
-    long_enough = [cut for cut in cuts if cut.duration >= prompt_seconds + MIN_REST_SECONDS]
+    long_enough = [cut for cut in cuts if cut.duration >= shortest]
     order = np.random.default_rng(seed).permutation(len(long_enough))[:number]
     return [long_enough[i] for i in sorted(order)]
 
 
 def codes_of_conditions(
-    codes: np.ndarray,
-    prompt_frames: int,
+    question: Question,
     continuations: Sequence[Continuation],
+    wrong: Continuation | None,
     unigrams: Sequence[Unigram],
     seed: int,
 ) -> dict[str, np.ndarray]:
     """Codes of the stretch after the prompt: condition -> (T, Q). Silence has none.
 
     Args:
-        codes: (T, Q) the recording's.
-        prompt_frames: S, smaller than T.
+        question: what the model was given.
         continuations: the model's, one a seed.
+        wrong: what it made of another cut's text.
         unigrams: one a quantizer.
         seed: of the codes drawn from them.
     """
-    rest = len(codes) - prompt_frames
-    prompt = codes[:prompt_frames]
-    made = {"resynthesis": codes[prompt_frames:]}
+    prompt, rest = question.prompt, question.rest
+    made = {"resynthesis": question.codes[question.prompt_frames :]}
     made |= {f"model-{number}": part.codes for number, part in enumerate(continuations)}
-    made["loop"] = np.tile(prompt, (math.ceil(rest / prompt_frames), 1))[:rest]
+    if wrong is not None:
+        made["wrong"] = wrong.codes
+    made["loop"] = np.tile(prompt, (math.ceil(rest / len(prompt)), 1))[:rest]
     made["unigram"] = sample_unigram(unigrams, rest, seed)
     return made
 
 
 def make_clip(
-    cut: Cut,
-    codes: np.ndarray,
-    prompt_frames: int,
+    question: Question,
     continuations: Sequence[Continuation],
+    wrong: Continuation | None,
     unigrams: Sequence[Unigram],
     codec: Codec,
     seed: int,
@@ -195,31 +204,44 @@ def make_clip(
     """Decode a cut in all conditions.
 
     Args:
-        cut: the held-out cut; its recording is read, where it is still there.
-        codes: (T, Q) its true codes, Q of the model.
-        prompt_frames: S, smaller than T.
+        question: what the model was given; its recordings are read, where they are still there.
         continuations: the model's, one a seed.
+        wrong: what it made of another cut's text.
         unigrams: one a quantizer.
         codec: decodes.
         seed: of the codes drawn from the unigrams.
     """
     clip = Clip(
-        cut_id=cut.id,
-        text=" ".join(part.text for part in cut.supervisions if part.text),
+        cut_id=question.cut.id,
+        text=" ".join(part.text for part in question.cut.supervisions if part.text),
         sample_rate=codec.sample_rate,
-        boundary=prompt_frames * codec.hop_length,
-        asked_frames=len(codes) - prompt_frames,
+        boundary=question.prompt_frames * codec.hop_length,
+        asked_frames=question.rest,
         new_frames=len(continuations[0].codes) if continuations else 0,
+        prompt_id=None if question.prompt_cut is None else question.prompt_cut.id,
     )
-    recording = read_recording(cut, codec)
+    recording = _read_both(question, codec)
     if recording is not None:
         clip.wavs["recording"] = recording
-    for name, rest in codes_of_conditions(codes, prompt_frames, continuations, unigrams, seed).items():
-        clip.wavs[name] = _decode(codec, np.concatenate([codes[:prompt_frames], rest]))
+    for name, rest in codes_of_conditions(question, continuations, wrong, unigrams, seed).items():
+        clip.wavs[name] = _decode(codec, np.concatenate([question.prompt, rest]))
     silence = clip.wavs["resynthesis"].copy()
     silence[:, clip.boundary :] = 0
     clip.wavs["silence"] = silence
     return clip
+
+
+def _read_both(question: Question, codec: Codec) -> np.ndarray | None:
+    """(C, N) of the prompt and what really came."""
+    recording = read_recording(question.cut, codec)
+    if recording is None or question.prompt_cut is None:
+        return recording
+    prompt = read_recording(question.prompt_cut, codec)
+    if prompt is None:
+        return None
+    samples = question.prompt_frames * codec.hop_length
+    padded = np.pad(prompt[:, :samples], ((0, 0), (0, max(0, samples - prompt.shape[1]))))
+    return np.concatenate([padded, recording], 1)
 
 
 def read_recording(cut: Cut, codec: Codec) -> np.ndarray | None:

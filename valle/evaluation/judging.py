@@ -32,6 +32,7 @@ TASKS = (
 ALIGNED = ("recording", "resynthesis", "unigram", "silence")  # conditions of the task "codec"
 TRUE = ("recording", "resynthesis")
 MIN_JUDGED_SECONDS = 0.5  # what is shorter says too little
+COUNT_SILENCE = ("speech", "music")  # words and notes that are not there are errors, however short the audio
 DISTANCES = {"frechet": frechet_distance, "kernel": kernel_distance}
 
 
@@ -117,18 +118,18 @@ class Cases:
     whole: Case
 
 
-def make_cases(cut: Cut, clip: Clip, reads_text: bool = False) -> Cases:
+def make_cases(cut: Cut, clip: Clip) -> Cases:
     """What the metrics may compare with.
 
     Args:
         cut: the held-out cut.
         clip: its audio.
-        reads_text: the model was given the words of what it was to say.
     """
     truth = "recording" if "recording" in clip.wavs else "resynthesis"
-    start = clip.boundary / clip.sample_rate
+    # Behind another cut as prompt comes all of this one.
+    start = 0.0 if clip.prompt_id is not None else clip.boundary / clip.sample_rate
     spoken = [part for part in cut.supervisions if part.text]
-    after = spoken and (reads_text or all(part.start >= start for part in spoken))
+    after = spoken and all(part.start >= start for part in spoken)
     language = next((part.language for part in cut.supervisions if part.language), None)
     notes: Notes | None = None
     if (cut.custom or {}).get("midi"):
@@ -162,6 +163,8 @@ def judge_clip(clip: Clip, cases: Cases, judges: Judges, parts: Parts) -> Figure
             if metric.task == "codec" and condition not in ALIGNED:
                 continue
             audio = clip.excerpt(condition, "full" if whole else "continuation")
+            if metric.task in COUNT_SILENCE:
+                audio = _at_least(audio)
             known[name] = dict.fromkeys(metric.keys)
             if metric.task == "quality" and condition == "silence":
                 known[name] |= judges.of_silence(metric, audio, case)
@@ -276,6 +279,12 @@ def _distance(
 
 def _long_enough(audio: Excerpt) -> bool:
     return audio.wav.shape[-1] >= MIN_JUDGED_SECONDS * audio.sample_rate
+
+
+def _at_least(audio: Excerpt) -> Excerpt:
+    """With silence behind it, as long as is judged."""
+    missing = math.ceil(MIN_JUDGED_SECONDS * audio.sample_rate) - audio.wav.shape[-1]
+    return Excerpt(np.pad(audio.wav, ((0, 0), (0, max(0, missing)))), audio.sample_rate)
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,10 +1,10 @@
 """What the model itself scores on held-out cuts: the AR loss, and each NAR quantizer given the true lower ones.
 
-Teacher forcing through the same functions as training and generation (`ar_logits`, `nar_logits`); batched by
-length, and each cut's figures are the same in any batch.
+Teacher forcing through the same functions as training and generation (`forced_logits`); batched by length, and each
+cut's figures are the same in any batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from valle.evaluation.scores import PositionSums, SplitCodes, TokenScores, frame_scores, stack_scores
+from valle.models.prompts import Prompts, make_prompts
 from valle.utils.progress import progress
 
 
 class ScoredModel(Protocol):
-    """What scoring needs of a model; see `valle.models.audio_lm.AudioLM`."""
+    """What scoring needs of a model; see `valle.models.CodecLM`."""
 
     num_quantizers: int
 
-    def ar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
-        """Prompt (B, S, Q) and codes y (B, T) of quantizer 0 -> (B, T + 1, V + 1); index V ends the target."""
-
-    def nar_logits(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
-        """Prompt (B, S, Q), target (B, T, Q) of which y[..., :quantizer] is read -> (B, T, V)."""
+    def forced_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> Iterable[Tensor]:
+        """Prompts and target codes (B, T, Q) -> quantizer by quantizer (B, T, V or V + 1); index V ends the target."""
 
 
 @torch.inference_mode()
@@ -35,12 +33,14 @@ def score_model(
     max_frames: int = 6000,
     show_progress: bool = True,
     bin_frames: int | None = None,
+    wrong: bool = False,
 ) -> TokenScores:
     """Score every quantizer on the target frames of each cut.
 
     Args:
-        model: an AudioLM in eval mode.
+        model: in eval mode.
         splits: held-out cuts; prompt and target have at least `model.num_quantizers` columns.
+        wrong: let it read what other cuts say.
         device: where the model is.
         max_frames: padded frames in a batch.
         show_progress: show a bar on stderr.
@@ -54,16 +54,10 @@ def score_model(
     positions = PositionSums.of(splits, num_quantizers, bin_frames)
     bar = progress(total=len(splits), desc="scoring cuts", unit="cut", disable=not show_progress)
     for rows in _batches(splits, max_frames):
-        x, x_lens = pad_codes([splits[row].prompt[:, :num_quantizers] for row in rows], device)
+        prompts = _prompts([splits[row] for row in rows], num_quantizers, wrong, device)
         y, y_lens = pad_codes([splits[row].target[:, :num_quantizers] for row in rows], device)
         real = torch.arange(y.shape[1], device=y.device) < y_lens[:, None]  # (B, T)
-        for quantizer in range(num_quantizers):
-            if quantizer == 0:
-                logits = model.ar_logits(x, x_lens, y[..., 0], y_lens)[
-                    :, : y.shape[1]
-                ]  # without the end's position
-            else:
-                logits = model.nar_logits(x, x_lens, y, y_lens, quantizer)
+        for quantizer, logits in enumerate(model.forced_logits(prompts, y, y_lens)):
             scores = frame_scores(logits.float(), y[..., quantizer])  # (B, T, 3)
             scores = torch.where(real[..., None], scores, 0.0)
             sums[rows, quantizer] = scores.sum(dim=1).cpu().numpy()
@@ -72,6 +66,16 @@ def score_model(
         bar.update(len(rows))
     bar.close()
     return stack_scores([len(split.target) for split in splits], sums, positions)
+
+
+def _prompts(
+    splits: Sequence[SplitCodes], num_quantizers: int, wrong: bool, device: str | torch.device
+) -> Prompts:
+    """What stands before the targets; with `wrong`, other cuts' texts."""
+    codes = [torch.from_numpy(split.prompt[:, :num_quantizers].astype(np.int64)) for split in splits]
+    read = [split.wrong if wrong else split.text for split in splits]
+    texts = [torch.from_numpy(text).to(device) for text in read if text is not None]
+    return make_prompts([row.to(device) for row in codes], texts or None)
 
 
 def _batches(splits: Sequence[SplitCodes], max_frames: int) -> list[list[int]]:

@@ -24,6 +24,8 @@ class SplitCodes:
     cut_id: str
     prompt: np.ndarray  # (S, Q) int64
     target: np.ndarray  # (T, Q) int64
+    text: np.ndarray | None = None  # (L,) or (L, F) what the model reads, if it does
+    wrong: np.ndarray | None = None  # another cut's
 
     @property
     def context(self) -> np.ndarray:

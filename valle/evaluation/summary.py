@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from valle.config import DataConfig, ModelConfig, TrainConfig
+from valle.config import DataConfig, ModelConfig, TrainConfig, ValleConfig
 from valle.engine.metrics import read_metrics
 from valle.engine.stages import trained_in
 from valle.evaluation.clips import Clip
@@ -83,6 +83,8 @@ def checks_of(results: dict[str, Any]) -> list[dict[str, Any]]:
         untrained = 2 not in trained_in(results["checkpoint"])
         note = " (this checkpoint's NAR decoder is not trained yet: stage 1)" if untrained else ""
         checks.append(_check("NAR top-10 accuracies above the unigrams'", better, shown + note))
+    if results.get("reads"):
+        checks += _listening_checks(results)
     scores = results["audio"].get("dnsmos")
     parts = [
         scores and scores.get(name, {}).get("continuation") for name in ("model", "unigram", "resynthesis")
@@ -97,13 +99,46 @@ def checks_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     return checks
 
 
+def _listening_checks(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether a model that reads does better with a cut's own text than with another one's."""
+    ar = results["likelihood"][0]
+    gain = ar["gain"]["wrong"]
+    checks = [
+        _check(
+            "AR loss below that with another cut's text or notes",
+            gain["low"] is not None and gain["low"] > 0,
+            f"{_below(gain)}: {_mean(ar['model']['loss'])} against {_mean(ar['wrong']['loss'])}",
+        )
+    ]
+    for metric, key, name in (("wer", "wer", "word error rate"), ("notes", "onset_f1", "onset F1")):
+        found = (results.get("listening") or {}).get(key)
+        if found is None:
+            continue
+        values = results["metrics"][metric][key]
+        sign = 1 if key == "wer" else -1
+        ends = [sign * found[end] for end in ("low", "high") if found[end] is not None]
+        shown = ", ".join(
+            f"{label} {_mean(values[condition])}"
+            for condition, label in (
+                ("model", "its own"), ("wrong", "another's"), ("resynthesis", "codec's resynthesis"),
+                ("recording", "recording"),
+            )
+            if condition in values
+        )  # fmt: skip
+        passed = min(ends) > 0 if ends else sign * found["mean"] > 0
+        checks.append(
+            _check(f"{name} better with a cut's own text or notes than with another's", passed, shown)
+        )
+    return checks
+
+
 def format_results(results: dict[str, Any]) -> str:
     """The figures as text for the terminal."""
     test = results["data"]["test"]
     lines = [
         f"held-out: {test['cuts']} cuts, {test['seconds']:.0f} s; per target frame, end symbol not counted"
     ]
-    lines += aligned([list(LOSS_COLUMNS), *_loss_rows(results)])
+    lines += aligned([_loss_columns(results), *_loss_rows(results)])
     lines += aligned([list(ACCURACY_COLUMNS), *_accuracy_rows(results)])
     lines += aligned([list(BITS_COLUMNS), *_bits_rows(results)])
     figures = figures_of(results)
@@ -156,7 +191,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         markdown_rows([head, row]),
         f"{test['cuts']} held-out cuts, {test['seconds']:.0f} s, prompts of {_prompt(results)}; {_version(results)}. "
         f"In brackets 95 % intervals: {INTERVALS}.",
-        markdown_rows([LOSS_COLUMNS, *_loss_rows(results)]),
+        markdown_rows([_loss_columns(results), *_loss_rows(results)]),
         markdown_rows([ACCURACY_COLUMNS, *_accuracy_rows(results)]),
     ]
     if figures:
@@ -186,14 +221,16 @@ def report_summary(results: dict[str, Any]) -> dict[str, str]:
 def training_command(config: dict[str, Any]) -> str:
     """The training command that a checkpoint's configuration stands for: every flag that is not at its default."""
     flags = []
-    for key, kind in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
+    reads = config.get("model", {}).get("model_name", "audio-lm") != "audio-lm"
+    kinds = {"model": ValleConfig if reads else ModelConfig, "data": DataConfig, "train": TrainConfig}
+    for key, kind in kinds.items():
         saved = config.get(key, {})
         for field in dataclasses.fields(kind):
             value = saved.get(field.name, field.default)
             if value != field.default:
                 shown = str(value).lower() if isinstance(value, bool) else value
                 flags.append(f"--{field.name.replace('_', '-')} {shown}")
-    return " ".join(["python -m valle.bin.trainer_audiolm", *flags])
+    return " ".join([f"python -m valle.bin.{'trainer' if reads else 'trainer_audiolm'}", *flags])
 
 
 def report_sections(
@@ -343,10 +380,15 @@ BEST_NOTE = (
 )
 
 
+def _loss_columns(results: dict[str, Any]) -> list[str]:
+    return [*LOSS_COLUMNS, *(["with another cut's text"] if results.get("reads") else [])]
+
+
 def _loss_rows(results: dict[str, Any]) -> list[list[str]]:
     return [
         [_quantizer(entry), *(_mean(entry[name]["loss"]) for name in PREDICTORS)]
         + [_interval(entry["gain"][name]) for name in ("unigram", "bigram")]
+        + ([_mean(entry["wrong"]["loss"])] if results.get("reads") else [])
         for entry in results["likelihood"]
     ]
 
@@ -405,7 +447,7 @@ def _likelihood_tables(results: dict[str, Any]) -> list[Block]:
         "quantizers together is that of their mean loss."
     )
     return [
-        ReportTable(LOSS_COLUMNS, _loss_rows(results), best=(1,)),
+        ReportTable(_loss_columns(results), _loss_rows(results), best=(1,)),
         ReportTable(ACCURACY_COLUMNS, _accuracy_rows(results), text, best=(1, 4)),
         ReportTable(BITS_COLUMNS, _bits_rows(results), bits, best=(1, 4, 7)),
     ]
@@ -441,6 +483,7 @@ def _position_plots(results: dict[str, Any], colours: dict[str, str]) -> list[Pl
         curves = [
             Curve(name, seconds, [values[row] for row in bins], colours[name], name == "model")
             for name, values in positions[decoder].items()
+            if name in PREDICTORS
         ]
         if curves and len(bins) > 1:
             title = f"{decoder.upper()} top-10 accuracy by position"
@@ -586,10 +629,13 @@ def _training_plots(results: dict[str, Any], metrics_file: Path) -> list[Plot]:
 
 def _listening_text(results: dict[str, Any], clips: Sequence[Clip]) -> ReportText:
     generation = results["generation"]
+    asked = f"The model hears the first {generation['prompt_seconds']:g} s and goes on from there"
+    if results.get("reads"):
+        asked = "The model hears a prompt, with what it says or plays, and then reads what is below"
     return ReportText(
         f"{len(clips)} held-out recordings: best and worst of the figures, the others drawn at random (seed "
-        f"{results['seed']}), none picked by ear. The model hears the first {generation['prompt_seconds']:g} s and "
-        f"goes on from there (top-k {generation['top_k']}, temperature {generation['temperature']:g}). The dashed line "
+        f"{results['seed']}), none picked by ear. {asked} (top-k "
+        f"{generation['top_k']}, temperature {generation['temperature']:g}). The dashed line "
         "is where the prompt ends. "
         "Spectrograms: log-mel, one colour scale of 80 dB for the whole page."
     )
@@ -682,12 +728,15 @@ def _clip(clip: Clip, extremes: Sequence[_Extreme]) -> ReportClip:
     audios += audio("recording", "True recording", "what really came", True)
     for number_, name in enumerate(models[1:], 2):
         audios += audio(name, f"Prompt + continuation {number_}", "another seed")
+    audios += audio("wrong", "Wrong text or notes", "behind the same prompt: another recording's")
     audios += audio("loop", "Loop of the prompt", "a baseline")
     audios += audio("unigram", "Prompt + unigram codes", "a baseline")
     facts = {
         "prompt": f"{seconds:.1f} s",
         "new frames": f"{clip.new_frames}, the recording has {clip.asked_frames} more",
     }
+    if clip.prompt_id is not None:
+        facts["prompt"] += f", of {clip.prompt_id}"
     for end in ("best", "worst"):
         labels = [extreme.label for extreme in extremes if getattr(extreme, end)[0] == clip.cut_id]
         if labels:

@@ -14,6 +14,7 @@ CONDITION_LABELS = {
     "recording": "recording",
     "resynthesis": "codec's resynthesis",
     "model": "model",
+    "wrong": "model, wrong text or notes",
     "loop": "loop of the prompt",
     "unigram": "unigram codes",
     "silence": "silence",

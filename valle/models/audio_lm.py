@@ -217,6 +217,11 @@ class AudioLM(CodecLM):
         """(B, T, V) of one quantizer of what was generated behind prompts."""
         return self.nar_logits(prompts.codes, prompts.lens, y, y_lens, quantizer, prompts.prefix_lens)
 
+    def said_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CodecLM`."""
+        logits = self.ar_logits(prompts.codes, prompts.lens, *self._steps(y, y_lens))
+        return logits, torch.zeros_like(y_lens)
+
     # ---------------------------------------------------------------- training
 
     def forward(

@@ -212,6 +212,46 @@ class CodecLM(nn.Module):
         """(B, T, V) of one quantizer of what was generated behind prompts."""
 
     @abstractmethod
+    def said_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the AR decoder's steps where it is told what to say.
+
+        Args:
+            prompts: what stands before.
+            y: (B, T, Q) codes.
+            y_lens: (B,).
+
+        Returns:
+            (B, N, V + 1), or (B, N, heads, V + 1) unless a step is one code; and (B,) the frame of these steps at which
+            y begins.
+        """
+
+    def forced_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> Iterator[Tensor]:
+        """Quantizer by quantizer, (B, T, V or V + 1) for true codes: each given all that the model would know then.
+
+        Args:
+            prompts: what stands before.
+            y: (B, T, Q) codes.
+            y_lens: (B,).
+        """
+        said, begin = self.said_logits(prompts, y, y_lens)
+        frames = begin[:, None] + torch.arange(y.shape[1], device=y.device)
+        said = said.unsqueeze(2) if self.pattern.plain else said
+        for quantizer in range(self.num_quantizers):
+            if quantizer and self.pattern.has_nar:
+                yield self.refine_logits(prompts, y, y_lens, quantizer)
+                continue
+            steps, heads = self.pattern.step_of(frames, quantizer)
+            rows = torch.arange(len(y), device=y.device)[:, None]
+            yield said[rows, steps.clamp(max=said.shape[1] - 1), heads]
+
+    def _steps(self, y: Tensor, y_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the AR decoder is given of codes (B, T, Q): tokens and their lengths (B,)."""
+        if self.pattern.plain:
+            return y[..., 0], y_lens
+        targets, valid, quantizer = self.pattern.targets(y, y_lens)
+        return self.pattern.inputs(targets, valid, quantizer), valid.any(-1).sum(1) - 1
+
+    @abstractmethod
     def compute_loss(self, batch: dict[str, Any], stage: int) -> StageLoss:
         """For the training engine."""
 
@@ -223,7 +263,7 @@ class CodecLM(nn.Module):
         cache: Cache | None,
         first_position: Tensor | None = None,
         first_from: Tensor | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: Part | None = None,
     ) -> Tensor:
         """Logits behind the prefix, and behind each frame.
 
@@ -235,7 +275,7 @@ class CodecLM(nn.Module):
             first_position: (B,) in time, of the first frame, or of the begin symbol (default: behind the prefix, or 0).
             first_from: (B,) column of the prefix from which the first frame is predicted where there is no begin symbol
                 (default: the last).
-            memory: (B, M, D) and (B,) lengths, for cross-attention.
+            memory: what cross-attention reads.
 
         Returns:
             (B, T + 1, V + 1): for frame 0 … T, the last one what follows y; index V is the end. With a cache, only what
@@ -309,7 +349,7 @@ class CodecLM(nn.Module):
         y_lens: Tensor,
         positions: Tensor,
         quantizer: int | Tensor,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: Part | None = None,
     ) -> Tensor:
         """Logits of one quantizer for all target frames.
 
@@ -319,7 +359,7 @@ class CodecLM(nn.Module):
             y_lens: (B,).
             positions: (B, T) or (T,) of the target's frames.
             quantizer: 1 … Q-1, or one a row, (B,).
-            memory: (B, M, D) and (B,) lengths, for cross-attention.
+            memory: what cross-attention reads.
 
         Returns:
             (B, T, V).
@@ -389,8 +429,7 @@ class CodecLM(nn.Module):
                 trained = trained & (torch.arange(y.shape[1] + 1, device=y.device) > 0)
             return (logits, *self._ar_loss(logits, y[..., 0], y_lens, trained, metrics))
         targets, valid, quantizer = self.pattern.targets(y, y_lens)
-        steps = valid.any(-1).sum(1) - 1
-        logits = logits_of(self.pattern.inputs(targets, valid, quantizer), steps)  # (B, N + 1, heads, V + 1)
+        logits = logits_of(*self._steps(y, y_lens))  # (B, N + 1, heads, V + 1)
         shown = logits
         if self.pattern.name == "flatten":
             index = quantizer.view(1, -1, 1, 1).expand(len(y), -1, 1, logits.shape[-1])

@@ -64,6 +64,9 @@ class VALLE(CodecLM):
             its place in time.
         frame_rate: of the codes in Hz. With `time_fields`, notes and audio then share one clock: both have positions in
             frames from the beginning of the recording on.
+        frames_per_symbol: how long a symbol of the text lasts on average. Text and audio then share a clock as notes
+            and audio do, a rough one: whoever looks for the symbol to say next finds it near by. None: positions count
+            symbols.
     """
 
     reads = "prefix"
@@ -95,6 +98,7 @@ class VALLE(CodecLM):
         text_ends: bool = False,
         time_fields: Sequence[tuple[int, int, float]] = (),
         frame_rate: float | None = None,
+        frames_per_symbol: float | None = None,
         pattern: str = "valle",
         group_size: int = 1,
     ) -> None:
@@ -102,14 +106,19 @@ class VALLE(CodecLM):
             raise ValueError(f"prefix_mode is {prefix_mode}, expected one of {PREFIX_MODES}")
         if bool(time_fields) != (frame_rate is not None):
             raise ValueError("time_fields and frame_rate belong together")
+        if frames_per_symbol is not None and (time_fields or frames_per_symbol <= 0):
+            raise ValueError(
+                f"frames_per_symbol is {frames_per_symbol}, expected more than 0, and of text alone"
+            )
         super().__init__(
             d_model, nhead, num_layers, norm_first, add_prenet, num_quantizers, nar_scale_factor, prepend_bos,
             codebook_size, share_embedding and not prepend_bos, dropout, position, activation, qk_norm,
-            attention_dropout, audio_from_zero or bool(time_fields), nar_num_layers, self.reads == "memory",
-            pattern, group_size,
+            attention_dropout, audio_from_zero or bool(time_fields or frames_per_symbol), nar_num_layers,
+            self.reads == "memory", pattern, group_size,
         )  # fmt: skip
         self.prefix_mode, self.prefix_frames, self.text_ends = prefix_mode, prefix_frames, text_ends
         self.time_fields, self.note_rate = tuple(time_fields), frame_rate
+        self.frames_per_symbol = frames_per_symbol
         self.text_sizes = (text_sizes,) if isinstance(text_sizes, int) else tuple(text_sizes)
         self.reads_notes = not isinstance(text_sizes, int)
         self.ar_text_embedding = _text_embedding(text_sizes, d_model, field_dims)
@@ -127,12 +136,15 @@ class VALLE(CodecLM):
             for name in ("text_embedding", "text_prenet", "prefix_position")
         )
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        # Where audio goes on in steps of another length than a frame, so does what is read by the same clock.
+        steps = self.pattern.steps_per_frame if decoder == "ar" else 1.0
+        if self.frames_per_symbol is not None:
+            positions = positions * (self.frames_per_symbol * steps)
         if self.note_rate is not None:
             seconds = torch.zeros(x.shape[:2], device=x.device)
             for column, first, steps in self.time_fields:
                 seconds = seconds + (x[..., column] - first).clamp(min=0) / steps
-            # Where audio goes on in steps of another length than a frame, so do the notes.
-            positions = seconds * self.note_rate * (self.pattern.steps_per_frame if decoder == "ar" else 1.0)
+            positions = seconds * self.note_rate * steps
         text = embedding(x)
         if prenet is not None:
             text = prenet(text, x_lens)
@@ -201,7 +213,7 @@ class VALLE(CodecLM):
         """What stands before the audio."""
         return text
 
-    def _memory(self, text: Part) -> tuple[Tensor, Tensor] | None:
+    def _memory(self, text: Part) -> Part | None:
         """What cross-attention reads."""
         return None
 
@@ -231,6 +243,14 @@ class VALLE(CodecLM):
             # The prompt's own text is not read then: in training, there was none.
             text, text_lens = without_prompt_text(text, text_lens, prompts.prompt_text_lens, self.text_ends)
         return self.nar_logits(text, text_lens, y, y_lens, quantizer, prompts.codes, prompts.lens)
+
+    def said_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CodecLM`."""
+        assert prompts.text is not None and prompts.text_lens is not None
+        lens = prompts.lens + y_lens
+        codes = join_codes(prompts.codes, prompts.lens, y, y_lens)
+        codes = codes.masked_fill(~lengths_to_mask(lens, codes.shape[1])[..., None], 0)
+        return self.ar_logits(prompts.text, prompts.text_lens, *self._steps(codes, lens)), prompts.lens
 
     # ---------------------------------------------------------------- training
 
@@ -529,8 +549,8 @@ class VALLF(VALLE):
         none = torch.zeros_like(text.lens)
         return Part(text.x[:, :0], none, text.positions[:, :0])
 
-    def _memory(self, text: Part) -> tuple[Tensor, Tensor] | None:
-        return text.x, text.lens
+    def _memory(self, text: Part) -> Part | None:
+        return text
 
     @property
     def first_frame(self) -> bool:

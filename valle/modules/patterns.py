@@ -96,6 +96,13 @@ class Pattern:
             return step - slot, slot
         return step * self.group_size + slot, 0
 
+    def step_of(self, frame: Tensor, quantizer: int) -> tuple[Tensor, Tensor]:
+        """The step that says a code of the AR decoder's, and which of its predictions; the reverse of `place`."""
+        if self.name == "valle":
+            return frame // self.group_size, frame % self.group_size
+        step = frame * self.num_quantizers if self.name == "flatten" else frame
+        return step + quantizer, torch.full_like(frame, quantizer)
+
     def targets(self, codes: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What each step is to say.
 

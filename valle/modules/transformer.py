@@ -132,17 +132,19 @@ class CrossAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def read(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, D) -> keys and values, (B, H, M, d)."""
+    def read(self, memory: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """(B, M, D) -> keys, turned by the memory's positions, and values, (B, H, M, d)."""
         dim = memory.shape[-1]
         both = _linear(memory, self.in_proj_weight[dim:], self.in_proj_bias[dim:])
         key, value = both.view(*memory.shape[:-1], 2, self.nhead, dim // self.nhead).permute(2, 0, 3, 1, 4)
-        return key, value
+        return (key if rotation is None else rotate(key, rotation)), value
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory, rotation: Rotation | None) -> Tensor:
         batch, time, dim = x.shape
         query = _linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
         query = query.view(batch, time, self.nhead, dim // self.nhead).transpose(1, 2)
+        if rotation is not None:
+            query = rotate(query, rotation)
         out = F.scaled_dot_product_attention(
             query, memory.key, memory.value, memory.mask, self.dropout if self.training else 0.0
         )
@@ -217,12 +219,12 @@ class TransformerLayer(nn.Module):
         if self.norm_first:
             x = x + self.dropout(self.self_attn(self.norm1(x, condition, rows), mask, rotation, cache, rows))
             if self.multihead_attn is not None:
-                x = x + self.dropout(self.multihead_attn(self.norm2(x, condition), memory))
+                x = x + self.dropout(self.multihead_attn(self.norm2(x, condition), memory, rotation))
                 return x + self._feed_forward(self.norm3(x, condition))
             return x + self._feed_forward(self.norm2(x, condition, rows))
         x = self.norm1(x + self.dropout(self.self_attn(x, mask, rotation, cache, rows)), condition, rows)
         if self.multihead_attn is not None:
-            x = self.norm2(x + self.dropout(self.multihead_attn(x, memory)), condition)
+            x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, rotation)), condition)
             return self.norm3(x + self._feed_forward(x), condition)
         return self.norm2(x + self._feed_forward(x), condition, rows)
 
@@ -314,7 +316,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         condition: Tensor | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) at `positions` (B, T) or (T,) -> (B, T, D); with a cache, T new frames behind those it holds.
 
@@ -323,7 +325,8 @@ class Transformer(nn.Module):
             condition: (B, 1, D) for adaptive normalization.
             rows: frames of each row from column 0 on, and how many of them see one another, (B,) each: the same as the
                 mask says. With it, what trains on a CPU computes no padding; outputs there are zeros.
-            memory: for cross-attention, (B, M, D) and its lengths (B,); a cache keeps what layers read of it.
+            memory: for cross-attention, (B, M, D), its lengths (B,) and positions (B, M); a cache keeps what layers
+                read of it.
         """
         if isinstance(cache, BagCache) and cache.length > 0:
             return self.stepper(x, positions, cache)
@@ -345,20 +348,23 @@ class Transformer(nn.Module):
             x = self._run(layer, x, mask, rotation, kept, condition, None, memories[index])
         return x if self.norm is None else self.norm(x, condition)
 
-    def _memories(self, memory: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Sequence[Memory | None]:
+    def _memories(
+        self, memory: tuple[Tensor, Tensor, Tensor] | None, cache: Cache | None
+    ) -> Sequence[Memory | None]:
         """What each layer reads of the memory, from the cache where that has it."""
         if memory is None:
             if cache is None or cache.memories is None:
                 raise ValueError("cross-attention needs a memory, or a cache that keeps one")
             return cache.memories
-        x, lens = memory
+        x, lens, positions = memory
+        rotation = self.rotary(positions) if self.rotary is not None else None
         mask = None
         if int(lens.min()) < x.shape[1]:
             mask = lengths_to_mask(lens, x.shape[1])[:, None, None]
         found = []
         for layer in self.layers:
             assert layer.multihead_attn is not None
-            found.append(Memory(*layer.multihead_attn.read(x), mask))
+            found.append(Memory(*layer.multihead_attn.read(x, rotation), mask))
         if cache is not None:
             cache.memories = found
         return found

@@ -1,4 +1,4 @@
-"""How many threads a short, often repeated piece of work runs on fastest: measured while it runs.
+"""Threads: independent pieces of work at once, and how many threads a short, often repeated one runs on fastest.
 
 One frame's products take tens of microseconds each. Waking a second thread for them can cost more than it brings, the
 more so where other programs run, and nothing known beforehand tells which it is.
@@ -6,10 +6,16 @@ more so where other programs run, and nothing known beforehand tells which it is
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
 
 import torch
+
+from valle.utils.progress import progress
+
+T, R = TypeVar("T"), TypeVar("R")
 
 TRIAL = 3  # runs with each number of threads; the first is left out
 HOLD = 100  # runs with the best number until the others are tried again; doubles while it stays the best
@@ -26,6 +32,37 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], desc: str, unit: str) -> list[R]:
+    """Do independent pieces of work at once, each in one thread; as many as torch has threads.
+
+    The first is done alone, so that what all of them need is loaded once. An error in one ends all.
+
+    Args:
+        work: called with each item.
+        items: what there is to do.
+        desc, unit: of the progress bar.
+
+    Returns:
+        What `work` gave, in the order of the items.
+    """
+    most = torch.get_num_threads()
+    done: list[R] = []
+    with progress(total=len(items), desc=desc, unit=unit) as bar, one_thread():
+        for item in items[:1]:
+            done.append(work(item))
+            bar.update()
+        with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(work, item) for item in items[1:]]
+            try:
+                for future in futures:
+                    done.append(future.result())
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return done
 
 
 class ThreadTuner:
