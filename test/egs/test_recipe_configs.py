@@ -38,12 +38,13 @@ def built(config, recipe):
         return build_model(config, codebook_size, {"sizes": sizes}, FRAME_RATE), codebook_size
 
 
-@pytest.mark.parametrize("recipe", CPU)
+@pytest.mark.parametrize("recipe", CPU + PIANO)
 def test_a_model_for_cpus_is_small(recipe):
-    config, data, train = configuration(recipe, "valle")
+    config, data, train = configuration(recipe, "valle" if recipe in CPU else "valle_cpu")
     model, _ = built(config, recipe)
-    assert sum(weight.numel() for weight in model.parameters()) < 10e6
-    assert train.dtype == "float32" and config.model_name == "valle" and config.prefix_mode == 1
+    assert sum(weight.numel() for weight in model.parameters()) < 12e6
+    assert config.model_name == ("midi-valle" if recipe in PIANO else "valle") and config.time_aligned
+    assert train.dtype == "float32" and train.accumulate_grad_steps == 1 and config.prefix_mode == 1
     assert Path(data.manifest_dir) == EGS / recipe / "data/tokenized"
     assert Path(train.exp_dir) == EGS / recipe / "exp/valle"
 

@@ -105,8 +105,9 @@ def _is_missing(name: str, judge: Metric | Embedding, left_out: dict[str, str]) 
     reason = judge.missing()
     if reason is None:
         return False
+    if name not in left_out:  # a metric and an embedding may share a name, and what they need
+        log.warning("%s is left out: %s", name, reason)
     left_out[name] = reason
-    log.warning("%s is left out: %s", name, reason)
     return True
 
 
