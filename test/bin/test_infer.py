@@ -377,6 +377,14 @@ def test_a_gap_is_made_anew_and_the_rest_stays(versatile, capsys):
                     / "clip_infilled_2.wav")) == 48000  # fmt: skip
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
+def test_what_takes_the_gaps_place_may_have_another_length(versatile, spy, capsys, seconds):
+    out = run(versatile, versatile / "clip.wav", "--infill", "1", "1.6", "--duration", str(seconds))
+    assert f"1.00 to 1.60 s of 3.00 s made anew in {seconds:.2f} s" in capsys.readouterr().out
+    assert spy[0][2]["new_frames"] == round(50 * seconds)
+    assert len(read(out / "clip_infilled.wav")) == round((2.4 + seconds) * 16000)
+
+
 @pytest.mark.parametrize(
     "gap,context,expected", [("1 1.6", "0.5", (80, 25, 55)), ("0.2 2.9", "0.5", (150, 10, 145))]
 )
@@ -455,7 +463,7 @@ def test_a_long_result_is_decoded_in_pieces_with_the_same_result(versatile, monk
     "flags,message",
     [
         ("--infill 1 2 --stream a.wav", "--infill and --stream do not go together"),
-        ("--infill 1 2 --duration 1", "--infill and --duration"),
+        ("--infill 1 2 --max-new-tokens 9", "--infill and --max-new-tokens"),
         ("--infill 1 2 --guidance-scale 2", "--infill and --guidance-scale"),
         ("--stream a.wav --num-samples 2", "--stream and --num-samples"),
         ("--stream a.wav --stop-repetition 1 --stop-at-eos true", "--stream and --stop-repetition"),

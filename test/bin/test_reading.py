@@ -86,6 +86,9 @@ def root(tmp_path_factory):
     save_model(root / "short.pt", codec, notes_info(), {"filter_max_duration": 7.0}, model_name="midi-valle")
     save_model(root / "audio.pt", codec)
     save_model(root / "vallf.pt", codec, text_info(), model_name="vallf")
+    filled = {"infill_prob": 0.5}
+    save_model(root / "fills.pt", codec, text_info(), filled)
+    save_model(root / "fills-notes.pt", codec, notes_info(), filled, model_name="midi-valle")
     save_model(root / "nameless.pt", codec, {**text_info(), "symbols": None})
     soundfile.write(root / "clip.wav", sine(2.0), 16000)
     soundfile.write(root / "long.wav", sine(11.0), 16000)
@@ -433,7 +436,21 @@ def test_a_metric_that_is_not_installed_is_said_before_the_work(root, spy, tmp_p
         ("vallf", "--text a", "no begin symbol"),
         ("nameless", "--text a", "does not say what its text symbols are"),
         ("text", "--text a --midi tune.mid", "--text and --midi do not go together"),
-        ("text", "--text a --infill 1 2", "--text and --infill"),
+        ("text", "--text a --infill 1 2", "--infill needs --prompt beside it"),
+        ("text", "clip.wav --infill 1 2", "is a VALLE that reads text; give --text"),
+        ("text", "clip.wav --text a --infill 1 1.5", "was not trained for that; use a model that was trained with"),
+        ("fills", "clip.wav --midi tune.mid --infill 1 1.5", "reads text; give --text"),
+        ("fills", "clip.wav --list a --infill 1 1.5", "--infill and --list do not go together"),
+        ("fills", "clip.wav --text a --prompt-text b --infill 1 1.5", "--infill and --prompt-text"),
+        ("fills", "clip.wav --text a --output-name b --infill 1 1.5", "--infill and --output-name"),
+        ("fills", "clip.wav --text a --stream b.wav --infill 1 1.5", "--infill and --stream"),
+        ("fills", "clip.wav --text a --infill 1 1.5 --duration 0", "0 frames are to be added"),
+        ("fills", "clip.wav --text a --infill 1 3", "not a part of 'clip.wav'"),
+        ("fills", "clip.wav --text _ --infill 1 1.5", "nothing in the text '_' can be read"),
+        ("fills", "long.wav --text a --infill 10.5 10.7", "sees the whole clip, but before or behind the gap"),
+        ("fills-notes", "clip.wav --midi tune.mid --infill 1 1.5 --duration 1", "--midi and --duration"),
+        ("fills-notes", "clip.wav --midi empty.mid --infill 1 1.5", "'empty.mid' has no notes"),
+        ("fills-notes", "long.wav --midi tune.mid --infill 8 9 --max-prompt-duration 1", "no notes from 7.0 to 10.0 s"),
         ("text", "--text a --guidance-scale 2", "--text and --guidance-scale"),
         ("text", "--text a --long true", "--text and --long"),
         ("text", "--list a --stream b.wav", "--stream and --list"),
@@ -472,6 +489,91 @@ def test_what_makes_no_sense_is_named(root, tmp_path, monkeypatch, spy, model, f
     with pytest.raises(UserError, match=re.escape(message)):
         run(root, tmp_path, model, *flags.split())
     assert not spy
+
+
+@pytest.fixture
+def filled(monkeypatch):
+    """Arguments of each call of VALLE.infill."""
+    calls, real = [], VALLE.infill
+
+    def infill(self, x, y, start, end, **named):
+        calls.append({"x": x, "y": y, "gap": (start, end), **named})
+        return real(self, x, y, start, end, **named)
+
+    monkeypatch.setattr(VALLE, "infill", infill)
+    return calls
+
+
+@pytest.mark.parametrize("seconds", [None, 0.3, 0.9])
+def test_a_word_is_said_anew(root, filled, tmp_path, capsys, seconds):
+    longer = () if seconds is None else ("--duration", seconds)
+    run(
+        root,
+        tmp_path,
+        "fills",
+        root / "clip.wav",
+        "--text",
+        "so be it",
+        "--infill",
+        1,
+        1.5,
+        "--seed",
+        2,
+        *longer,
+    )
+    (call,) = filled
+    assert call["x"].tolist() == ids("so be it") and call["y"].shape == (100, 4) and call["gap"] == (50, 75)
+    new = 25 if seconds is None else round(seconds * RATE)
+    assert call["new_frames"] == new and call["seed"] == 2
+    said = capsys.readouterr().out
+    assert "clip_infilled.wav  1.00 to 1.50 s of 2.00 s made anew" in said
+    assert (f" in {seconds} s" in said or f" in {seconds}0 s" in said) == (seconds is not None)
+    wav = read(tmp_path / "clip_infilled.wav")
+    assert len(wav) == 320 * (75 + new)
+    codec = load_codec(root / "tiny")
+    clip = torch.from_numpy(soundfile.read(root / "clip.wav", dtype="float32")[0])
+    same = (codec.decode(codec.encode(clip[None, None]))[0, 0].numpy() * 32768).round()
+    reach = codec.context_frames * codec.hop_length
+    assert np.abs(wav[: 16000 - reach] - same[: 16000 - reach]).max() <= 1
+    assert np.abs(wav[-8000 + reach :] - same[-8000 + reach :]).max() <= 1
+    assert np.abs(wav[16000:20000] - same[16000:20000]).max() > 100
+
+
+def test_a_text_that_is_filled_in_has_its_begin_and_end(root, filled, tmp_path):
+    data = {"infill_prob": 0.5}
+    codec = load_codec(root / "tiny").info()
+    symbols = ["<eps>", "<bos>", "<eos>", *LETTERS, "_"]
+    save_model(root / "fills-ends.pt", codec, text_info(symbols, ends=True), data)
+    run(
+        root,
+        tmp_path,
+        "fills-ends",
+        root / "clip.wav",
+        "--text",
+        "ab",
+        "--infill",
+        1,
+        1.5,
+        "--num-samples",
+        2,
+    )
+    assert filled[0]["x"].tolist() == [1, 3, 4, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip_infilled.wav", "clip_infilled_2.wav"]
+
+
+def test_a_bar_is_played_anew_from_the_notes_near_by(root, filled, tmp_path):
+    run(
+        root, tmp_path, "fills-notes", root / "long.wav", "--midi", root / "piece.mid", "--infill", 5, 6,
+        "--max-prompt-duration", 2,
+    )  # fmt: skip
+    (call,) = filled
+    assert call["y"].shape == (250, 4) and call["gap"] == (100, 150)
+    notes = MidiTokenizer().decode(call["x"].numpy())
+    expected = scale(31.0, (13.0, 14.0))
+    inside = (expected.onset >= 3) & (expected.onset < 8)
+    assert np.allclose(notes.onset, expected.onset[inside] - 3, atol=0.01)
+    assert notes.pitch.tolist() == expected.pitch[inside].tolist()
+    assert len(read(tmp_path / "long_infilled.wav")) == 11 * 16000
 
 
 @pytest.mark.parametrize(

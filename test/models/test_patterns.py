@@ -33,6 +33,14 @@ def test_steps_and_back(name, size):
         where = ends.nonzero()[0].tolist()
         assert pattern.place(*where) == (n, 0)
         assert bool(valid[row, :steps].any(1).all())
+    heads = Q if name == "flatten" else pattern.slots
+    for said in range(Q if name in ("delay", "flatten") else 1):
+        steps, predictions = pattern.step_of(torch.arange(7), said)
+        assert int(predictions.max()) < heads
+        for frame, (step, head) in enumerate(zip(steps.tolist(), predictions.tolist(), strict=True)):
+            slot = 0 if name == "flatten" else head  # its one slot is said by the quantizer's own prediction
+            assert pattern.place(step, slot) == (frame, said) and (name != "flatten" or head == said)
+            assert int(targets[0, step, slot]) == int(codes[0, frame, said])
     inputs = pattern.inputs(targets, valid, quantizer)
     assert inputs.shape == (3, targets.shape[1] - 1, pattern.slots)
     assert int(inputs.max()) < pattern.table_sizes[0] and int(inputs.min()) >= 0

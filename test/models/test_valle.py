@@ -22,6 +22,8 @@ KINDS = {
     "prenet": (VALLE, {"add_prenet": True}),
     "vallf": (VALLF, {"prepend_bos": True}),
     "vallf-sine": (VALLF, {"prepend_bos": True, "position": "sine", "audio_from_zero": True}),
+    "clock": (VALLE, {"frames_per_symbol": 2.75}),
+    "vallf-clock": (VALLF, {"prepend_bos": True, "frames_per_symbol": 2.75}),
     "notes": (VALLE, {"text_sizes": NOTE_SIZES}),
     "notes-side-by-side": (VALLE, {"text_sizes": NOTE_SIZES, "field_dims": (4, 4, 8, 8, 4, 4)}),
     "notes-on-time": (

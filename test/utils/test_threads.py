@@ -1,9 +1,13 @@
-"""The tuner, with a clock that stands still but for what the work itself takes."""
+"""Pieces of work at once; and the tuner, with a clock that stands still but for what the work itself takes."""
+
+import threading
+import time
 
 import pytest
+import torch
 
 from valle.utils import threads
-from valle.utils.threads import HOLD, TRIAL, ThreadTuner
+from valle.utils.threads import HOLD, TRIAL, ThreadTuner, in_threads
 
 
 class Machine:
@@ -112,3 +116,84 @@ def test_one_thread_is_left_alone(monkeypatch):
         with tuner:
             assert machine.threads == 1
     assert machine.changes == 0
+
+
+# ---------------------------------------------------------------------------------------- in_threads
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3, "as it was"
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def any_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param, "as it was"
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 9])
+def test_results_are_those_of_a_plain_loop(any_threads, number):
+    items = list(torch.randn(number, 40, 40, generator=torch.Generator().manual_seed(0)))
+
+    def work(item):
+        assert torch.get_num_threads() == 1
+        return item @ item.T
+
+    found = in_threads(work, items, "multiplying", "matrix")
+    assert len(found) == number
+    for one, item in zip(found, items, strict=True):
+        assert one.allclose(item @ item.T, atol=1e-4)
+
+
+def test_work_is_done_at_once_and_kept_in_order(three_threads):
+    """Items 1, 2 and 3 end in the opposite order, which they cannot unless all are at work."""
+    done = {number: threading.Event() for number in range(5)}
+
+    def work(number):
+        if number in (1, 2):
+            assert done[number + 1].wait(10), "the next one is not at work"
+        done[number].set()
+        return number * 10
+
+    assert in_threads(work, range(5), "waiting", "item") == [0, 10, 20, 30, 40]
+
+
+def test_the_first_is_done_alone(three_threads):
+    began, ended = {}, {}
+
+    def work(number):
+        began[number] = time.monotonic()
+        time.sleep(0.02)
+        ended[number] = time.monotonic()
+
+    in_threads(work, range(6), "waiting", "item")
+    assert all(began[number] >= ended[0] for number in range(1, 6))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_an_error_ends_all(three_threads, bad, error):
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        if number == bad:
+            raise error(f"item {number}")
+        time.sleep(0.02)
+        return number
+
+    with pytest.raises(error, match=f"item {bad}"):
+        in_threads(work, range(200), "failing", "item")
+    assert bad in begun and len(begun) < 20, "what is not begun is left out"
+    before = len(begun)
+    time.sleep(0.05)
+    assert len(begun) == before, "and nothing goes on behind one's back"
+    assert begun == [0] or bad

@@ -1,16 +1,18 @@
 """Continue a recording: `infer.py clip.wav` writes <clip>_full.wav and <clip>_continuation.wav.
 
 Or hear it while it is being made, `infer.py --stream out.wav clip.wav` (- for raw PCM on stdout); or make a part of it
-anew, from second 1.5 to 2.5: `infer.py --infill 1.5 2.5 clip.wav` writes <clip>_infilled.wav. A clip may have any
-sample rate and channel count, or be codec tokens (.npy, frames x quantizers). Architecture and codec come from the
-checkpoint.
+anew, from second 1.5 to 2.5: `infer.py --infill 1.5 2.5 clip.wav` writes <clip>_infilled.wav; `--duration 1.2` beside
+it makes the part longer or shorter. A clip may have any sample rate and channel count, or be codec tokens (.npy, frames
+x quantizers). Architecture and codec come from the checkpoint.
 
 A VALL-E says a text in the voice of a clip: `infer.py --text "Good morning." --prompt clip.wav --prompt-text "What the
 clip says."`, or plays a piece with its piano and room: `infer.py --midi piece.mid --prompt clip.wav --prompt-midi
-clip.mid`; `--list FILE` does many.
+clip.mid`; `--list FILE` does many. A word of a clip is said anew, or another in its place, with `--infill 1.5 2.5
+clip.wav --text "What all of it is to say."`, a bar played anew with `--midi` of the whole.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ from valle.bin.inference import (
     read_clip,
     write,
 )
-from valle.bin.reading import ReadConfig, read_aloud
+from valle.bin.reading import ReadConfig, Reader, make_reader, read_aloud
 from valle.codecs import matching_codec
 from valle.config import parse
 from valle.engine.devices import pick_device
@@ -39,16 +41,16 @@ from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.progress import progress
 
-# Of a recording alone: reading has no gap, no window, and nothing that goes without a prompt.
-_CONTINUING = ("infill", "long", "window", "guidance_scale")
+# Of a recording alone: reading has no window, and nothing that goes without a prompt.
+_CONTINUING = ("long", "window", "guidance_scale")
 # A flag, and those that say something else or nothing beside it.
 EXCLUDES = {
     "max_new_tokens": ("duration",),
     "stop_at_eos": ("min_new_tokens",),
     "stream": ("num_samples", "stop_repetition", "list"),
     "infill": (
-        "stream", "chunk", "long", "window", "max_new_tokens", "duration", "stop_at_eos", "min_new_tokens",
-        "stop_repetition", "guidance_scale",
+        "stream", "chunk", "long", "window", "max_new_tokens", "stop_at_eos", "min_new_tokens", "stop_repetition",
+        "guidance_scale", "list", "prompt_text", "prompt_midi", "output_name", "rank",
     ),
     "text": ("midi", "list", "prompt_midi", "batch_size", *_CONTINUING),
     "midi": (
@@ -58,6 +60,7 @@ EXCLUDES = {
 }  # fmt: skip
 # A flag, and those of which one must stand beside it.
 NEEDS = (
+    ("infill", ("prompt",)),
     ("window", ("long",)),
     ("repetition_window", ("repetition_penalty",)),
     ("stop_repetition", ("stop_at_eos", "min_new_tokens", "text", "midi", "list")),
@@ -173,19 +176,25 @@ def continue_clips(setup: Setup, model: AudioLM) -> list[Path]:
     return written
 
 
-def fill_gap(setup: Setup, model: AudioLM) -> list[Path]:
-    """<clip>_infilled.wav: the clip as the codec gives it back, with the gap made anew."""
+def fill_gap(setup: Setup, model: AudioLM | VALLE, reader: Reader | None, read: ReadConfig) -> list[Path]:
+    """<clip>_infilled.wav: the clip as the codec gives it back, with the gap made anew; `reader` of a VALL-E."""
     config, draw, codec, clip = setup.config, setup.draw, setup.codec, setup.clips[0]
     codes = read_clip(clip, codec, model.num_quantizers)
     start, end = gap_frames(setup, clip, len(codes))
     context = setup.frames("max_prompt_duration", config.max_prompt_duration)
     first, last = max(0, start - context), min(len(codes), end + context)
-    setup.window(last - first)
+    frames = end - start if config.duration is None else setup.new_frames[0]
+    if isinstance(model, AudioLM):
+        fill = model.infill
+    else:
+        assert reader is not None
+        fill = functools.partial(model.infill, reader.tokens(read, len(codes), first, last))
+    setup.window(last - first - (end - start) + frames)
     started = time.perf_counter()
-    with progress(total=end - start, desc="generating", unit="frame") as bar:
-        result = model.infill(
+    with progress(total=frames, desc="generating", unit="frame") as bar:
+        result = fill(
             codes[first:last], start - first, end - first, seed=draw.seed, dtype=config.dtype,
-            sampling=setup.sampling, num_samples=draw.num_samples,
+            sampling=setup.sampling, num_samples=draw.num_samples, new_frames=frames,
             on_frame=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     written = []
@@ -194,7 +203,8 @@ def fill_gap(setup: Setup, model: AudioLM) -> list[Path]:
         write(codec, torch.cat([codes[:first], row.cpu(), codes[last:]]), {path: 0})
         setup.say(
             f"{path}  {setup.seconds(start):.2f} to {setup.seconds(end):.2f} s of {setup.seconds(len(codes)):.2f} s "
-            f"made anew{_score(setup, score)}"
+            f"made anew"
+            f"{'' if frames == end - start else f' in {setup.seconds(frames):.2f} s'}{_score(setup, score)}"
         )
         written.append(path)
     setup.summarize(result, time.perf_counter() - started)
@@ -271,12 +281,15 @@ def infer(
     check_kind(model, checkpoint, read)
     codec = matching_codec(contents["codec"], device, model.num_quantizers)
     setup = Setup(config, draw, clips, checkpoint, codec, contents["config"].get("data", {}))
-    if isinstance(model, VALLE):
-        return read_aloud(setup, read, model, contents["text"])
-    assert isinstance(model, AudioLM)
     check_training(setup)
+    if isinstance(model, VALLE):
+        reader = make_reader(setup, read, model, contents["text"])
+        if config.infill is not None:
+            return fill_gap(setup, model, reader, read)
+        return read_aloud(setup, read, reader)
+    assert isinstance(model, AudioLM)
     if config.infill is not None:
-        return fill_gap(setup, model)
+        return fill_gap(setup, model, None, read)
     return continue_clips(setup, model) if config.stream is None else stream(setup, model)
 
 

@@ -50,7 +50,9 @@ class InferConfig:
     )
     output_dir: str = option(".", "where the results go")
     max_new_tokens: int | None = option(None, f"frames to add (default: {USUAL_FRAMES})")
-    duration: float | None = option(None, "seconds to add, instead of --max-new-tokens")
+    duration: float | None = option(
+        None, "seconds to add, instead of --max-new-tokens; of --infill, those that take the gap's place"
+    )
     stop_at_eos: bool = option(False, "end where the model draws the end, even before the asked length")
     min_new_tokens: int | None = option(
         None, "end where the model draws the end, but not before so many frames"

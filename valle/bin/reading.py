@@ -286,6 +286,19 @@ class Reader:
         """See `job`."""
         raise NotImplementedError
 
+    def tokens(self, config: ReadConfig, frames: int, first: int, last: int) -> Tensor:
+        """(L,) symbols or (L, F) notes of a stretch of a clip whose gap is to be filled.
+
+        Args:
+            config: `text` or `midi` of the whole clip.
+            frames: of the clip.
+            first, last: frames of the stretch, the last one not in it.
+
+        Raises:
+            UserError: what is wrong with text or notes.
+        """
+        raise NotImplementedError
+
     def prompt(self, line: Line) -> tuple[Tensor, float]:
         """(P, Q) codes of the prompt's end, none without one; and the second of the clip at which they begin."""
         if line.prompt is None:
@@ -330,9 +343,7 @@ class TextReader(Reader):
         """See `Reader.job`."""
         assert line.text is not None
         prompt, begin = self.prompt(line)
-        alone = self.symbols(line.text)
-        if not alone:
-            raise UserError(f"nothing in the text '{line.text}' can be read")
+        alone = self.readable(line.text)
         both, own = alone, 0
         if line.prompt_text is not None:
             if begin > 0:
@@ -347,32 +358,49 @@ class TextReader(Reader):
             own = len(both) - len(alone)
         elif line.prompt is not None:
             self.hint("a prompt without --prompt-text, what it says, is not followed as well")
-        ids = self.encode(both)
-        if self.ends:
-            ids = [BEGIN, *ids, END]
         spoken = len(prompt) / own if own else None
-        leg = Leg(torch.tensor(ids), own + 2 * self.ends, len(prompt), self.limit(len(alone), spoken))
+        leg = Leg(self.encode(both), own + 2 * self.ends, len(prompt), self.limit(len(alone), spoken))
         return Job(line, prompt, [leg])
+
+    def tokens(self, config: ReadConfig, frames: int, first: int, last: int) -> Tensor:
+        """See `Reader`."""
+        if last - first < frames:
+            raise UserError(
+                "--infill with --text sees the whole clip, but before or behind the gap it lasts more than the "
+                f"{self.setup.config.max_prompt_duration} s of --max-prompt-duration; cut clip and text, or raise it"
+            )
+        return self.encode(self.readable(str(config.text)))
+
+    def readable(self, text: str) -> list[str]:
+        """As `symbols`.
+
+        Raises:
+            UserError: there are none.
+        """
+        found = self.symbols(text)
+        if not found:
+            raise UserError(f"nothing in the text '{text}' can be read")
+        return found
 
     def symbols(self, text: str) -> list[str]:
         """Of a text, without begin and end."""
         return self.tokenizer(text)
 
-    def encode(self, symbols: list[str]) -> list[int]:
-        """Ids.
+    def encode(self, symbols: list[str]) -> Tensor:
+        """(L,) ids, with begin and end where the model has them.
 
         Raises:
             UserError: symbols that the model was not trained with.
         """
-        if UNK in self.table:
-            return self.table.encode(symbols, unknown=True)
-        if lacking := sorted({symbol for symbol in symbols if symbol not in self.table}):
+        lenient = UNK in self.table
+        if not lenient and (lacking := sorted({symbol for symbol in symbols if symbol not in self.table})):
             named = ", ".join(map(repr, lacking))
             raise UserError(
                 f"the text has symbols that the model's {len(self.table)} do not hold: {named}; write it without them, "
                 "or check --language"
             )
-        return self.table.encode(symbols)
+        ids = self.table.encode(symbols, unknown=lenient)
+        return torch.tensor([BEGIN, *ids, END] if self.ends else ids)
 
     def limit(self, symbols: int, spoken: float | None) -> int:
         """New frames at most, where the user does not say.
@@ -403,9 +431,7 @@ class NoteReader(Reader):
     def make(self, line: Line) -> Job:
         """See `Reader.job`."""
         assert line.midi is not None
-        notes, rate = read_notes(line.midi), self.setup.codec.frame_rate
-        if not len(notes):
-            raise UserError(f"MIDI file '{line.midi}' has no notes")
+        notes, rate = self.notes(line.midi), self.setup.codec.frame_rate
         prompt, begin = self.prompt(line)
         seconds = len(prompt) / rate
         played = make_notes([], [], [], [])
@@ -431,10 +457,35 @@ class NoteReader(Reader):
                 seen = min(context, start)
                 read = crop(notes, (start - seen) / rate, until / rate)
                 own = int((read.onset < seen / rate).sum())
-            tokens = torch.from_numpy(self.tokenizer(read, add_special=self.ends))
             exact = number + 1 < len(starts)
-            legs.append(Leg(tokens, own + 2 * self.ends, seen, until - start, exact))
+            legs.append(Leg(self.encode(read), own + 2 * self.ends, seen, until - start, exact))
         return Job(line, prompt, legs, notes)
+
+    def tokens(self, config: ReadConfig, frames: int, first: int, last: int) -> Tensor:
+        """See `Reader`."""
+        path, rate = Path(str(config.midi)), self.setup.codec.frame_rate
+        notes = crop(self.notes(path), first / rate, last / rate)
+        if not len(notes):
+            raise UserError(
+                f"MIDI file '{path}' has no notes from {first / rate:.1f} to {last / rate:.1f} s, what the model sees "
+                "of the clip"
+            )
+        return self.encode(notes)
+
+    def notes(self, path: Path) -> Notes:
+        """Of a MIDI file.
+
+        Raises:
+            UserError: there are none.
+        """
+        notes = read_notes(path)
+        if not len(notes):
+            raise UserError(f"MIDI file '{path}' has no notes")
+        return notes
+
+    def encode(self, notes: Notes) -> Tensor:
+        """(L, F) ids, with begin and end where the model has them."""
+        return torch.from_numpy(self.tokenizer(notes, add_special=self.ends))
 
     def longest(self, prompt_seconds: float) -> float:
         """Seconds of a stretch: with what it continues, not more than the model was trained on, or has numbers for."""
@@ -624,13 +675,16 @@ def sound(setup: Setup, codes: Tensor, first: int) -> np.ndarray:
     return np.concatenate(list(decode(setup.codec, codes)), 1)[:, first * setup.codec.hop_length :]
 
 
-def read_aloud(setup: Setup, config: ReadConfig, model: VALLE, info: dict[str, Any]) -> list[Path]:
+def make_reader(setup: Setup, config: ReadConfig, model: VALLE, info: dict[str, Any]) -> Reader:
+    """The reader of a model; `info` is what its checkpoint says about what it reads."""
+    if model.reads_notes:
+        return NoteReader(setup, model, info)
+    return TextReader(setup, model, info, config.language)
+
+
+def read_aloud(setup: Setup, config: ReadConfig, reader: Reader) -> list[Path]:
     """Say a text, play a piece, or do all that a list names; returns the files written."""
-    reader = (
-        NoteReader(setup, model, info)
-        if model.reads_notes
-        else TextReader(setup, model, info, config.language)
-    )
+    model = reader.model
     if setup.draw.num_samples < 1:
         raise UserError(f"num_samples is {setup.draw.num_samples}, expected 1 or more")
     rank = Rank(config.rank, setup, getattr(reader, "language", None))

@@ -87,19 +87,30 @@ def start_codec(name: str) -> SpectralCodec:
     return codec
 
 
-def start_architecture(name: str, asked: SpectralCodecConfig) -> SpectralCodecConfig:
-    """The architecture of the codec that a training starts from.
+def settle_architecture(asked: SpectralCodecConfig, config: TrainConfig) -> SpectralCodecConfig:
+    """The architecture of a training: of what it goes on from, of `--init-from`, or what is asked for.
 
     Raises:
-        UserError: flags ask for another one.
+        UserError: flags ask for another one than there is.
     """
-    found = start_codec(name).config
-    for field in chosen_by_user(asked):
+    begun = stages.find_begun(config)
+    if begun is not None:
+        if "codec" not in begun.contents["config"]:
+            raise UserError(
+                f"'{begun.path}' is no codec's checkpoint; give the codec an --exp-dir of its own"
+            )
+        found = SpectralCodecConfig(**begun.contents["config"]["codec"])
+        whose, else_ = f"'{begun.path}' was trained with", "leave it out, or use another --exp-dir"
+    elif config.init_from is not None:
+        found = start_codec(config.init_from).config
+        whose, else_ = f"--init-from '{config.init_from}' has", "leave one of them out"
+    else:
+        return asked
+    for field in sorted(chosen_by_user(asked)):
         if getattr(asked, field) != getattr(found, field):
             flag = f"--{field.replace('_', '-')}"
             raise UserError(
-                f"{flag} is {getattr(asked, field)}, but --init-from '{name}' has {getattr(found, field)}; leave one "
-                "of them out"
+                f"{flag} is {getattr(asked, field)}, but {whose} {getattr(found, field)}; {else_}"
             )
     return found
 
@@ -121,7 +132,7 @@ def train_stage(data: CodecDataConfig, config: TrainConfig, architecture: Spectr
         for split, seed in (("train", config.seed + 1000 * distributed.rank()), ("validation", 0))
     ]
     codec = SpectralCodec(architecture)
-    if config.init_from is not None:
+    if config.init_from is not None and stages.find_begun(config) is None:
         codec.load_state_dict(start_codec(config.init_from).state_dict())
     model = CodecTraining(codec)
     saved = {
@@ -144,8 +155,7 @@ def main(argv: Sequence[str] | None = None, defaults: Path | None = None) -> Non
             "--train-stage must be 1 (everything), 2 (decoder, adversarial) or auto for the codec"
         )
     stages.check_flags(config)
-    if config.init_from is not None:
-        architecture = start_architecture(config.init_from, architecture)
+    architecture = settle_architecture(architecture, config)
     distributed.launch(
         train,
         (data, config, architecture),

@@ -4,7 +4,8 @@ A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_le
 the frames of each prompt that stand before its target (fewer than x_lens where a gap is filled), ids (B strings),
 num_frames (the longest row, prompt and target together), and filler (true: the batch does not count).
 Of texts, x is (B, S) symbols or (B, S, F) notes, y the whole recordings; where prompts come from neighbours, prompts
-(B, P, Q) and prompts_lens (B,).
+(B, P, Q) and prompts_lens (B,); where gaps are filled, prefix_lens and suffix_lens (B,), the frames before and behind
+each gap, 0 for rows without one.
 """
 
 import copy
@@ -62,6 +63,11 @@ def describe_codes(manifest_dir: Path, cuts: Path) -> dict[str, Any]:
     return info
 
 
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise UserError(f"--{name.replace('_', '-')} is {share}, expected a share from 0 to 1")
+
+
 class PromptTargetDataset:
     """Turns the codes of recordings into a batch.
 
@@ -85,10 +91,7 @@ class PromptTargetDataset:
         self.num_quantizers, self.codebook_size, self.seed = num_quantizers, codebook_size, seed
         self.rule = PromptRule.of(to_dict(settle_prompt(config)), frame_rate, fixed=not draw)
         for name in ("infill_prob", "drop_prompt_prob"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {getattr(config, name)}, expected a share from 0 to 1"
-                )
+            _check_share(name, getattr(config, name))
         self.infill_prob = config.infill_prob if draw else 0.0
         self.drop_prompt_prob = config.drop_prompt_prob if draw else 0.0
 
@@ -142,6 +145,7 @@ class TextAudioDataset:
         num_quantizers, codebook_size: what codes must be.
         seed: of what is drawn.
         prompt_frames: of a neighbour at most.
+        infill_prob: share of rows with a gap to fill, of any length.
     """
 
     def __init__(
@@ -152,11 +156,13 @@ class TextAudioDataset:
         codebook_size: int,
         seed: int,
         prompt_frames: int,
+        infill_prob: float = 0.0,
     ) -> None:
+        _check_share("infill_prob", infill_prob)
         self.texts, self.codes = texts, codes
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.seed, self.prompt_frames = seed, prompt_frames
-        self.drop_prompt_prob = 0.0
+        self.infill_prob, self.drop_prompt_prob = infill_prob, 0.0
 
     def batch(
         self,
@@ -190,7 +196,18 @@ class TextAudioDataset:
             prompts = [self._neighbour(cut, name, epoch) for cut, name in zip(cuts, ids, strict=True)]
             batch["prompts"] = pad_sequence(prompts, batch_first=True)
             batch["prompts_lens"] = torch.tensor([len(row) for row in prompts])
+        if self.infill_prob:
+            sides = [self._sides(len(row), name, epoch) for row, name in zip(targets, ids, strict=True)]
+            batch["prefix_lens"], batch["suffix_lens"] = torch.tensor(sides).unbind(1)
         return batch
+
+    def _sides(self, frames: int, name: str, epoch: int) -> tuple[int, int]:
+        """Frames before and behind a recording's gap; 0 and 0 if it has none."""
+        # What is edited is a word or a whole clause: each length is as likely as any other.
+        kept = 2 + int(uniform(f"gap {self.seed} {epoch} {name}") * (frames - 2))
+        _, start, length = draw_split(frames, kept, self.infill_prob, 0.0, name, epoch, self.seed)
+        behind = frames - start - length
+        return (start, behind) if behind else (0, 0)
 
     def _neighbour(self, cut: int, name: str, epoch: int) -> torch.Tensor:
         """Some frames of another recording of the same reader or room; of this one, where there is no other."""
@@ -307,6 +324,8 @@ class CutBatches:
         cuts = plan.cuts(int(plan.padded(self.frames).argmax()))
         dataset = copy.copy(self.dataset)
         dataset.drop_prompt_prob = 0.0
+        if isinstance(dataset, TextAudioDataset):
+            dataset.infill_prob = 0.0  # a row with a gap has no prompt from elsewhere
         return _Batches(self.codes, self.kept, dataset, epoch)[PlannedBatch(cuts, False)]
 
     def _epoch_plan(self, epoch: int) -> EpochPlan:

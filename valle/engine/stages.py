@@ -15,6 +15,7 @@ from torch import nn
 from valle.config import ModelConfig, TrainConfig, chosen_by_user
 from valle.engine.checkpoint import load_checkpoint, newest_checkpoint
 from valle.utils.errors import UserError
+from valle.utils.sharded import read_header
 
 log = logging.getLogger(__name__)
 NOT_ARCHITECTURE = {
@@ -147,6 +148,18 @@ def find_start(config: TrainConfig) -> Start | None:
         return Start(begun.path, load_checkpoint(begun.path, mmap=True), False)
     path = Path(config.init_from)
     return Start(path, load_checkpoint(path), True)
+
+
+def find_begun(config: TrainConfig) -> Start | None:
+    """What a training in `--exp-dir` goes on from, whatever its stage; None where it begins."""
+    if not (config.resume or config.start_epoch > 1 or config.start_batch > 0):
+        return None
+    folder = Path(config.exp_dir)
+    begun = newest_checkpoint(folder) or newest_best(folder, besides=0)
+    if begun is None:
+        return None
+    path = begun.path
+    return Start(path, read_header(path) if path.is_dir() else load_checkpoint(path, mmap=True), False)
 
 
 def take_architecture(config: ModelConfig, path: Path, contents: dict[str, Any], parts: str) -> None:

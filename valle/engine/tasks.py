@@ -92,7 +92,7 @@ class TextTask:
 
     Args:
         config: says what is read, and whether prompts come from neighbours.
-        folder: of the manifests.
+        data: the manifests' folder, and the share of gaps to fill.
         text: what a fine-tuning's start reads, as its checkpoint says: then read so here too.
 
     Raises:
@@ -101,13 +101,14 @@ class TextTask:
 
     manifests = "utterances"
 
-    def __init__(self, config: ValleConfig, folder: Path, text: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: ValleConfig, data: DataConfig, text: dict[str, Any] | None = None) -> None:
+        self.infill_prob = data.infill_prob
         self.neighbours = config.prefix_mode == 4
         self.source: TextSource
         if config.model_name == "midi-valle":
             self.source = CutNotes(make_midi_tokenizer(text["tokenizer"]) if text else MidiTokenizer())
         else:
-            tokenizer, table = load_text_tokenizer(folder)
+            tokenizer, table = load_text_tokenizer(Path(data.manifest_dir))
             self.source = CutSymbols(table, tokenizer.config())
             if text and text.get("tokenizer") == tokenizer.config():  # else `check_text` tells
                 table = SymbolTable(text["symbols"])
@@ -137,7 +138,8 @@ class TextTask:
         frames = round(PROMPT_SECONDS * float(codec.get("frame_rate") or DEFAULT_FRAME_RATE))
         codes = open_packed(manifest, num_quantizers, size) if self.neighbours else None
         texts = open_packed_texts(manifest, self.source)
-        return TextAudioDataset(texts, codes, num_quantizers, size, seed, frames)
+        infill_prob = self.infill_prob if training else 0.0
+        return TextAudioDataset(texts, codes, num_quantizers, size, seed, frames, infill_prob)
 
     def samples(self, codec: Any, source: CutBatches, places: Sequence[int], seed: int) -> SampleMaker:
         """See `Task`."""
@@ -158,7 +160,7 @@ def _rows(source: CutBatches, places: Sequence[int], num_quantizers: int) -> lis
 def make_task(config: ModelConfig, data: DataConfig, text: dict[str, Any] | None = None) -> Task:
     """The task of a model; `text` see `TextTask`."""
     if isinstance(config, ValleConfig):
-        return TextTask(config, Path(data.manifest_dir), text)
+        return TextTask(config, data, text)
     return AudioTask(data)
 
 
@@ -198,7 +200,11 @@ def train_stage(model_config: ModelConfig, data: DataConfig, config: TrainConfig
         )
     if start is not None:
         stages.check_text(start, task.text)
-    task.prepare(manifests[0], codec, model_config.num_quantizers)
+    begun = stages.find_begun(config) if start is None and task.text is not None else None
+    if begun is None:
+        task.prepare(manifests[0], codec, model_config.num_quantizers)
+    elif task.text is not None:  # weights that have learnt a clock, or none, keep it
+        task.text["frames_per_symbol"] = (begun.contents.get("text") or {}).get("frames_per_symbol")
     torch.manual_seed(config.seed)
     model = build_model(model_config, int(codec["codebook_size"]), task.text, codec.get("frame_rate"))
     if model_config.codebook_embedding:

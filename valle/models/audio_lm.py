@@ -10,7 +10,7 @@ Source: VALL-E (arXiv 2301.02111, sections 4.2.1 and 4.2.2), with audio in the p
 Shapes: B batch, S prompt frames, T target frames, Q quantizers, V codebook size, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from valle.models.codec_lm import (
     Metrics,
     Part,
     StageLoss,
+    around,
     check_reduction,
     new_embedding,
     new_prenet,
@@ -154,7 +155,7 @@ class AudioLM(CodecLM):
         if prefix_lens is not None:
             if gap_lens is None:
                 raise ValueError("prefix_lens needs gap_lens: the frames between prefix and suffix")
-            positions = _around(positions, prefix_lens, gap_lens + int(self.prepend_bos))
+            positions = around(positions, prefix_lens, gap_lens + int(self.prepend_bos))
             first = torch.zeros_like(prefix_lens) if self.audio_from_zero else prefix_lens
             # The frame before the gap, if there is one, is the prefix's last.
             first_from = torch.where(prefix_lens > 0, prefix_lens - 1, x_lens - 1)
@@ -165,7 +166,7 @@ class AudioLM(CodecLM):
             prompt = self.ar_audio_prenet(sum_embeddings(tables, x))
         if self.ar_prefix_position is not None:
             prompt = self.ar_prefix_position(prompt, positions)
-        return self._run_ar(Part(prompt, x_lens, positions), y, y_lens, cache, first, first_from)
+        return self._run_ar([Part(prompt, x_lens, positions)], y, y_lens, cache, first, first_from)
 
     def nar_logits(
         self,
@@ -191,7 +192,7 @@ class AudioLM(CodecLM):
         """
         positions, first = torch.arange(x.shape[1], device=x.device), x_lens
         if prefix_lens is not None:
-            positions, first = _around(positions, prefix_lens, y_lens), prefix_lens
+            positions, first = around(positions, prefix_lens, y_lens), prefix_lens
         if self.audio_from_zero:
             first = torch.zeros_like(first)
         if self.separate_prompts:
@@ -268,7 +269,9 @@ class AudioLM(CodecLM):
             def logits_of(tokens: Tensor, lens: Tensor) -> Tensor:
                 return self.ar_logits(x, x_lens, tokens, lens, prefix_lens=prefix_lens, gap_lens=y_lens)
 
-            logits, losses, number = self._ar_stage(logits_of, y, y_lens, ends, True, metrics)
+            logits, losses, number = self._ar_stage(
+                logits_of, y, y_lens, ends, torch.zeros_like(ends), metrics
+            )
             predictions["ar"], rows, count = logits, rows + losses, count + number
         if train_stage in (0, 2) and self.pattern.has_nar:
             valid = lengths_to_mask(y_lens, y.shape[1])
@@ -387,8 +390,8 @@ class AudioLM(CodecLM):
     def infill(
         self,
         x: Tensor,
-        start: int,
-        end: int,
+        start: int | Sequence[int],
+        end: int | Sequence[int],
         temperature: float = 1.0,
         top_k: int = 50,
         top_p: float = 1.0,
@@ -397,6 +400,7 @@ class AudioLM(CodecLM):
         *,
         sampling: Sampling | None = None,
         num_samples: int = 1,
+        new_frames: int | Sequence[int] | None = None,
         on_frame: Callable[[int], object] | None = None,
     ) -> Generation:
         """Generate frames start … end - 1 of a recording anew, given what is before and behind them.
@@ -405,38 +409,18 @@ class AudioLM(CodecLM):
 
         Args:
             x: (T, Q) codes of the recording, or (B, T, Q) of several; what stands in the gap is not read.
-            start, end: the gap, 0 ≤ start < end ≤ T, with something left outside.
+            start, end: the gap, 0 ≤ start < end ≤ T, with something left outside; one number or one a row.
+            new_frames: that take its place, one number or one a row (default: as many).
             temperature, top_k, top_p, seed, dtype, sampling, num_samples, on_frame: see `generate`.
 
         Returns:
-            codes (T, Q) each, prompt_lens T - (end - start).
+            codes (T - (end - start) + new_frames, Q) each, prompt_lens T - (end - start).
 
         Raises:
             UserError: a gap that does not lie in the recording, or codes of the wrong shape or range.
         """
-        total = x.shape[-2] if x.dim() > 1 else 0
-        if not 0 <= start < end <= total or end - start == total:
-            raise UserError(
-                f"gap {start} to {end} in {total} frames: expected 0 <= start < end <= {total}, not all"
-            )
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}, expected 1 or more")
-        x = x.clone()
-        x[..., start:end, :] = 0
-        x, _ = self._prompts(x, None)
-        streams = make_streams(x.shape[0], seed, num_samples)
-        x = x.repeat_interleave(num_samples, 0)
-        known = torch.cat([x[:, :start], x[:, end:]], 1)
-        lens, prefix_lens = (torch.full((x.shape[0],), n, device=x.device) for n in (known.shape[1], start))
         generator = Generator(self, dtype, sampling or Sampling(temperature, top_k, top_p), on_frame=on_frame)
-        # The length is given: no row ends before.
-        prompts = Prompts(known, lens, prefix_lens=prefix_lens)
-        leg = generator.leg(prompts, streams, end - start, end - start)
-        result = Generation(
-            [torch.cat([row[:start], middle, row[end:]]) for row, middle in zip(x, leg.targets, strict=True)],
-            lens.tolist(), leg.finish_reasons, leg.log_probs, generator.timings, generator.frame_seconds,
-        )  # fmt: skip
-        return result if num_samples == 1 else result.ranked(num_samples)
+        return generator.infill(x, None, start, end, new_frames, seed, num_samples)
 
     @torch.no_grad()
     def stream(
@@ -493,20 +477,6 @@ class AudioLM(CodecLM):
         if x_lens is None:
             x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() == 3 else 0)
         return self.check_codes(x.to(self.device), x_lens.to(self.device), "prompt x")
-
-
-def _around(columns: Tensor, prefix_lens: Tensor, gap_lens: Tensor) -> Tensor:
-    """The true time of each frame of a prompt that stands on both sides of a gap.
-
-    Args:
-        columns: (S,).
-        prefix_lens: (B,) frames before the gap.
-        gap_lens: (B,) of the gap.
-
-    Returns:
-        (B, S).
-    """
-    return columns + (columns >= prefix_lens[:, None]) * gap_lens[:, None]
 
 
 def _check_prefix_lens(prefix_lens: Tensor, x_lens: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ class CodecLM(nn.Module):
 
     def _run_ar(
         self,
-        prefix: Part,
+        prefix: Sequence[Part],
         y: Tensor,
         y_lens: Tensor | None,
         cache: Cache | None,
@@ -268,7 +268,7 @@ class CodecLM(nn.Module):
         """Logits behind the prefix, and behind each frame.
 
         Args:
-            prefix: sees all of itself.
+            prefix: stands before the audio; its parts see each other, all of them.
             y: (B, T) codes of quantizer 0, or (B, T, K) ids of the pattern's steps; T may be 0.
             y_lens: (B,) (default: T each).
             cache: where keys and values are kept; rows are then right-aligned.
@@ -286,7 +286,7 @@ class CodecLM(nn.Module):
             y = y.masked_fill(~(inside if y.dim() == 2 else inside[..., None]), 0)
         begin = int(self.prepend_bos)
         frames = y.shape[1] + begin
-        lens = prefix.lens
+        lens = torch.stack([part.lens for part in prefix]).sum(0)
         if first_position is None:
             first_position = torch.zeros_like(lens) if self.audio_from_zero else lens
         positions = first_position[:, None] + torch.arange(frames, device=y.device)
@@ -300,7 +300,7 @@ class CodecLM(nn.Module):
             starts = width - total
             cache.place(starts, lens)
             cache.position_shift = lens - first_position
-        sequence, times = join([prefix, target], starts, width)
+        sequence, times = join([*prefix, target], starts, width)
         # The frame behind the prefix is predicted at the prefix's last column, or at the begin symbol's.
         ends = (starts + lens - 1 + begin)[:, None] + torch.arange(y.shape[1] + 1, device=y.device)
         if first_from is not None and not begin:
@@ -410,7 +410,7 @@ class CodecLM(nn.Module):
         y: Tensor,
         y_lens: Tensor,
         ends: Tensor,
-        first_frame: bool,
+        firsts: Tensor,
         metrics: Metrics,
     ) -> tuple[Tensor, Tensor, int]:
         """The AR decoder's logits, the loss of each row (B,) and the number of targets; adds to `metrics`.
@@ -420,13 +420,13 @@ class CodecLM(nn.Module):
             y: (B, T, Q).
             y_lens: (B,).
             ends: (B,) 1 where the end behind the last frame is to be learned, else 0.
-            first_frame: whether the first frame is.
+            firsts: (B,) the first frame to be learned; of steps of another pattern, the first step.
         """
         if self.pattern.plain:
             logits = logits_of(y[..., 0], y_lens)
-            trained = lengths_to_mask(y_lens + ends, y.shape[1] + 1)
-            if not first_frame:
-                trained = trained & (torch.arange(y.shape[1] + 1, device=y.device) > 0)
+            trained = lengths_to_mask(y_lens + ends, y.shape[1] + 1) & ~lengths_to_mask(
+                firsts, y.shape[1] + 1
+            )
             return (logits, *self._ar_loss(logits, y[..., 0], y_lens, trained, metrics))
         targets, valid, quantizer = self.pattern.targets(y, y_lens)
         logits = logits_of(*self._steps(y, y_lens))  # (B, N + 1, heads, V + 1)
@@ -435,8 +435,7 @@ class CodecLM(nn.Module):
             index = quantizer.view(1, -1, 1, 1).expand(len(y), -1, 1, logits.shape[-1])
             shown = logits.gather(2, index)
         valid = valid & ((targets < self.eos) | (ends > 0).view(-1, 1, 1))
-        if not first_frame:
-            valid = valid & (torch.arange(valid.shape[1], device=y.device) > 0)[:, None]
+        valid = valid & ~lengths_to_mask(firsts, valid.shape[1])[..., None]
         losses, number = cross_entropy(shown, targets, valid)
         metrics["ArLoss"] = (float(losses.detach().sum()), number)
         codes = valid & (targets < self.eos)
@@ -540,6 +539,20 @@ class CodecLM(nn.Module):
         if low < 0 or high >= self.codebook_size:
             raise UserError(f"{what}: codes from {low} to {high}, expected 0 to {self.codebook_size - 1}")
         return codes, lens
+
+
+def around(columns: Tensor, prefix_lens: Tensor, gap_lens: Tensor) -> Tensor:
+    """The true time of each frame of a prompt that stands on both sides of a gap.
+
+    Args:
+        columns: (S,).
+        prefix_lens: (B,) frames before the gap.
+        gap_lens: (B,) of the gap.
+
+    Returns:
+        (B, S).
+    """
+    return columns + (columns >= prefix_lens[:, None]) * gap_lens[:, None]
 
 
 def check_reduction(reduction: str) -> None:

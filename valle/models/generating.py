@@ -27,7 +27,7 @@ from valle.generation.chunks import Chunks, default_chunks
 from valle.generation.decoding import Decoded, FrameLoop, GuidedSession
 from valle.generation.graphs import GraphedStep
 from valle.generation.patterns import PatternSession, new_frames
-from valle.generation.sampling import Sampling
+from valle.generation.sampling import Sampling, make_streams
 from valle.models.prompts import Prompts, make_prompts
 from valle.modules.cache import GraphCache
 from valle.modules.packing import packed
@@ -401,6 +401,88 @@ class Generator:
         return Generation(
             codes, [len(prompt) for prompt in prompts], reasons, log_probs, self.timings, self.frame_seconds
         )
+
+    def infill(
+        self,
+        codes: Tensor,
+        lens: Tensor | None,
+        start: int | Sequence[int],
+        end: int | Sequence[int],
+        frames: int | Sequence[int] | None,
+        seed: int | None,
+        num_samples: int,
+        texts: Sequence[Tensor] | None = None,
+    ) -> Generation:
+        """Frames start … end - 1 of recordings anew; what stands there is not read.
+
+        Args:
+            codes: (B, T, Q), or (T, Q) of one.
+            lens: (B,) (default: T each).
+            start, end: of the gap, one number or one a row.
+            frames: that take its place, one number or one a row (default: as many).
+            texts: what each row reads of the result as a whole, (L_i,) or (L_i, F).
+
+        Returns:
+            codes of the whole recordings.
+
+        Raises:
+            UserError: a gap that does not lie in its recording, or codes of the wrong shape or range.
+        """
+        if codes.dim() < 3:
+            codes = codes[None]
+        totals = _each(codes.shape[1] if lens is None else lens.tolist(), len(codes), "lengths")
+        if max(totals) > codes.shape[1]:
+            raise UserError(f"lengths {totals[:8]}, but the codes have {codes.shape[1]} frames")
+        starts, ends = (_each(gap, len(codes), "gaps") for gap in (start, end))
+        for first, last, total in zip(starts, ends, totals, strict=True):
+            if not 0 <= first < last <= total or last - first == total:
+                raise UserError(
+                    f"gap {first} to {last} in {total} frames: expected 0 <= start < end <= {total}, not all"
+                )
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, expected 1 or more")
+        widths = [last - first for first, last in zip(starts, ends, strict=True)]
+        news = widths if frames is None else _each(frames, len(codes), "new_frames")
+        check_frames(min(news), 0)
+        known = [
+            torch.cat([row[:first], row[last:total]])
+            for row, first, last, total in zip(codes, starts, ends, totals, strict=True)
+        ]
+        prompts = make_prompts(known)
+        model = self.model
+        checked, known_lens = model.check_codes(
+            prompts.codes.to(model.device), prompts.lens.to(model.device), "codes"
+        )
+        order = [row for row in range(len(codes)) for _ in range(num_samples)]
+        known = [checked[row, : int(known_lens[row])] for row in order]
+        starts, news = ([numbers[row] for row in order] for numbers in (starts, news))
+        prompts = replace(
+            make_prompts(known, None if texts is None else [texts[row] for row in order]),
+            prefix_lens=torch.tensor(starts, device=model.device),
+        )
+        streams = make_streams(len(codes), seed, num_samples)
+        # The length is given: no row ends before.
+        leg = self.leg(prompts, streams, news, max(news))
+        result = Generation(
+            [
+                torch.cat([row[:first], middle, row[first:]])
+                for row, first, middle in zip(known, starts, leg.targets, strict=True)
+            ],
+            [len(row) for row in known], leg.finish_reasons, leg.log_probs, self.timings, self.frame_seconds,
+        )  # fmt: skip
+        return result if num_samples == 1 else result.ranked(num_samples)
+
+
+def _each(numbers: int | Sequence[int], rows: int, what: str) -> list[int]:
+    """One number for each row.
+
+    Raises:
+        UserError: numbers for another number of rows.
+    """
+    each = [numbers] * rows if isinstance(numbers, int) else list(numbers)
+    if len(each) != rows:
+        raise UserError(f"{what}: {len(each)} numbers for {rows} recordings, expected as many")
+    return each
 
 
 def legs(frames: int, window: int | None) -> Iterator[tuple[int | None, int]]:

@@ -15,13 +15,14 @@ width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from valle.codecs import Codec
+from valle.data.split import split_prompt_target
 from valle.generation.chunks import Chunks, default_chunks
 from valle.generation.sampling import Sampling, make_streams
 from valle.models.codec_lm import (
@@ -30,6 +31,7 @@ from valle.models.codec_lm import (
     Metrics,
     Part,
     StageLoss,
+    around,
     check_reduction,
     new_embedding,
 )
@@ -42,6 +44,24 @@ from valle.utils.errors import UserError
 
 PREFIX_MODES = (0, 1, 2, 4)
 FRAMES_PER_SYMBOL = 16  # at most, where nobody says how long a text may last
+
+
+class NarRows(NamedTuple):
+    """What the NAR decoder is given in training.
+
+    Attributes:
+        prompt: (B, P, Q); None: nothing.
+        prompt_lens: (B,).
+        target: (B, T, Q).
+        target_lens: (B,).
+        valid: (B, T), which target frames are learned.
+    """
+
+    prompt: Tensor | None
+    prompt_lens: Tensor | None
+    target: Tensor
+    target_lens: Tensor
+    valid: Tensor
 
 
 class VALLE(CodecLM):
@@ -142,8 +162,8 @@ class VALLE(CodecLM):
             positions = positions * (self.frames_per_symbol * steps)
         if self.note_rate is not None:
             seconds = torch.zeros(x.shape[:2], device=x.device)
-            for column, first, steps in self.time_fields:
-                seconds = seconds + (x[..., column] - first).clamp(min=0) / steps
+            for column, first, rate in self.time_fields:
+                seconds = seconds + (x[..., column] - first).clamp(min=0) / rate
             positions = seconds * self.note_rate * steps
         text = embedding(x)
         if prenet is not None:
@@ -151,9 +171,20 @@ class VALLE(CodecLM):
         return Part(text if position is None else position(text, positions), x_lens, positions)
 
     def ar_logits(
-        self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor | None = None,
+        cache: Cache | None = None,
+        suffix: Tensor | None = None,
+        suffix_lens: Tensor | None = None,
+        suffix_starts: Tensor | None = None,
     ) -> Tensor:
         """Logits of quantizer 0 for each frame, given the text and the frames before it.
+
+        In-filling (order suffix, prefix, middle of arXiv 2207.14255, section 3): what stands behind a gap goes with the
+        text, and text and suffix see each other; prefix and gap are `y`. All frames keep their place in time.
 
         Args:
             x: (B, S) text or (B, S, F) notes.
@@ -162,6 +193,9 @@ class VALLE(CodecLM):
                 0. With a filled cache, new ones only.
             y_lens: (B,) frames (default: T each).
             cache: where keys and values are kept, from `new_cache`.
+            suffix: (B, U) codes of quantizer 0 behind a gap (default: none). Not read with a filled cache.
+            suffix_lens: (B,), 0 for rows without a gap; needed with `suffix`.
+            suffix_starts: (B,) the frame at which each suffix begins; needed with `suffix`.
 
         Returns:
             (B, T + 1, V + 1): for frame 0 … T, the last one what follows y; index V is the end. With an empty cache the
@@ -170,7 +204,15 @@ class VALLE(CodecLM):
         if cache is not None and cache.length > 0:
             return self.next_logits(y, cache)
         text = self._text(x, x_lens, "ar")
-        return self._run_ar(self._prefix(text), y, y_lens, cache, memory=self._memory(text))
+        prefix, first, first_from = [self._prefix(text)], None, None
+        if suffix is not None:
+            assert suffix_lens is not None and suffix_starts is not None
+            lens = prefix[0].lens
+            first, first_from = torch.zeros_like(lens) if self.audio_from_zero else lens, lens - 1
+            begin = first + suffix_starts + int(self.prepend_bos)
+            positions = begin[:, None] + torch.arange(suffix.shape[1], device=suffix.device)
+            prefix.append(Part(self._ar_embed(suffix, positions), suffix_lens, positions))
+        return self._run_ar(prefix, y, y_lens, cache, first, first_from, self._memory(text))
 
     def nar_logits(
         self,
@@ -181,6 +223,7 @@ class VALLE(CodecLM):
         quantizer: int | Tensor,
         prompt: Tensor | None = None,
         prompt_lens: Tensor | None = None,
+        prefix_lens: Tensor | None = None,
     ) -> Tensor:
         """Logits of one quantizer for all target frames, given text, prompt and the target's lower quantizers.
 
@@ -189,8 +232,9 @@ class VALLE(CodecLM):
             y: (B, T, Q' ≤ Q) target codes; only quantizers below `quantizer` are read.
             y_lens: (B,).
             quantizer: 1 … Q-1, or one a row, (B,).
-            prompt: (B, P, Q) codes that stand before the target (default: none).
+            prompt: (B, P, Q) codes that stand around the target (default: none).
             prompt_lens: (B,).
+            prefix_lens: (B,) prompt frames before the target; the others stand behind it (default: all before).
 
         Returns:
             (B, T, V).
@@ -200,12 +244,11 @@ class VALLE(CodecLM):
         first = torch.zeros_like(y_lens) if self.audio_from_zero else prefix.lens
         parts = [prefix]
         if prompt is not None and prompt_lens is not None:
-            parts.append(
-                self._nar_prompt(
-                    prompt, prompt_lens, first[:, None] + torch.arange(prompt.shape[1], device=y.device)
-                )
-            )
-            first = first + prompt_lens
+            columns = torch.arange(prompt.shape[1], device=y.device)
+            if prefix_lens is not None:
+                columns = around(columns, prefix_lens, y_lens)
+            parts.append(self._nar_prompt(prompt, prompt_lens, first[:, None] + columns))
+            first = first + (prompt_lens if prefix_lens is None else prefix_lens)
         positions = first[:, None] + torch.arange(y.shape[1], device=y.device)
         return self._run_nar(parts, y, y_lens, positions, quantizer, self._memory(text))
 
@@ -221,6 +264,14 @@ class VALLE(CodecLM):
         """Fill a cache with texts and prompts -> (B, V + 1) of the first new frame."""
         assert prompts.text is not None and prompts.text_lens is not None
         tokens, lens = prompts.codes[..., 0], prompts.lens
+        if prompts.prefix_lens is not None:
+            assert prompts.gap_lens is not None
+            before = prompts.prefix_lens
+            behind = take(prompts.codes, before, lens - before)[..., 0]
+            return self.ar_logits(
+                prompts.text, prompts.text_lens, tokens[:, : int(before.max())], before, cache,
+                behind, lens - before, before + prompts.gap_lens,
+            )[:, -1]  # fmt: skip
         if not self.pattern.plain:
             tokens = self.pattern.inputs(*self.pattern.targets(prompts.codes, lens))
             lens = self.pattern.whole_steps(lens)
@@ -231,6 +282,10 @@ class VALLE(CodecLM):
         """(B, T, V) of one quantizer of what was generated behind prompts."""
         assert prompts.text is not None and prompts.text_lens is not None
         text, text_lens = prompts.text, prompts.text_lens
+        if prompts.prefix_lens is not None:
+            return self.nar_logits(
+                text, text_lens, y, y_lens, quantizer, prompts.codes, prompts.lens, prompts.prefix_lens
+            )
         if self.prefix_mode == 0:
             # Training has shown the NAR decoder no prompt: it is a beginning whose lower quantizers are known.
             known = prompts.codes[..., : y.shape[2]]
@@ -264,6 +319,8 @@ class VALLE(CodecLM):
         train_stage: int = 0,
         y_prompts_codes: Tensor | None = None,
         y_prompts_lens: Tensor | None = None,
+        prefix_lens: Tensor | None = None,
+        suffix_lens: Tensor | None = None,
     ) -> LossOutput:
         """Loss of a batch.
 
@@ -279,29 +336,45 @@ class VALLE(CodecLM):
             train_stage: 0 both decoders, 1 AR only, 2 NAR only.
             y_prompts_codes: (B, P, Q) of other utterances of the same recordings, for prefix_mode 4.
             y_prompts_lens: (B,) (default: P each).
+            prefix_lens: (B,) for in-filling: frames of each utterance before its gap; needed with `suffix_lens`.
+            suffix_lens: (B,) frames behind it, 0 for rows without a gap (default: none has one). Of a row with one,
+                what is in the gap is learned, and no end, as its length is given.
 
         Raises:
-            UserError: codes or text of the wrong shape or range, lengths that do not fit, no prompts in prefix_mode 4.
+            UserError: codes or text of the wrong shape or range, lengths that do not fit, no prompts in prefix_mode 4,
+                in-filling with another pattern.
         """
         check_reduction(reduction)
         x, x_lens = self.check_text(x, x_lens)
         y, y_lens = self.check_codes(y, y_lens, "target y")
+        spoken_lens, ends = y_lens, torch.ones_like(y_lens)
+        firsts = torch.full_like(y_lens, int(not self.first_frame))
+        behind: tuple[Tensor, ...] = ()
+        if suffix_lens is not None:
+            prefix_lens, suffix_lens = self._check_gaps(y_lens, prefix_lens, suffix_lens)
+            spoken_lens, ends = y_lens - suffix_lens, (suffix_lens == 0).long()
+            firsts = torch.maximum(firsts, prefix_lens)
+            behind = (take(y, spoken_lens, suffix_lens)[..., 0], suffix_lens, spoken_lens)
         rows = torch.zeros(x.shape[0], device=x.device)
         predictions: dict[str, Tensor] = {}
         metrics: Metrics = {}
         count = 0
         if train_stage in (0, 1):
             logits, losses, number = self._ar_stage(
-                lambda tokens, lens: self.ar_logits(x, x_lens, tokens, lens),
-                *(y, y_lens, torch.ones_like(y_lens), self.first_frame, metrics),
+                lambda tokens, lens: self.ar_logits(x, x_lens, tokens, lens, None, *behind),
+                *(y, spoken_lens, ends, firsts, metrics),
             )
             predictions["ar"], rows, count = logits, rows + losses, count + number
         if train_stage in (0, 2) and self.pattern.has_nar:
-            prompt, prompt_lens, target, target_lens, valid = self._draw_prompts(
-                y, y_lens, y_prompts_codes, y_prompts_lens
-            )
+            before: Tensor | None = None
+            drawn = self._draw_prompts(y, y_lens, y_prompts_codes, y_prompts_lens)
+            if prefix_lens is not None and suffix_lens is not None:
+                drawn, before = _fill_gaps(drawn, y, y_lens, prefix_lens, suffix_lens)
+            prompt, prompt_lens, target, target_lens, valid = drawn
             for quantizer in self._nar_quantizers(x.shape[0], x.device):
-                logits = self.nar_logits(x, x_lens, target, target_lens, quantizer, prompt, prompt_lens)
+                logits = self.nar_logits(
+                    x, x_lens, target, target_lens, quantizer, prompt, prompt_lens, before
+                )
                 losses, number = self._nar_loss(logits, target, valid, quantizer, metrics)
                 predictions["nar"], rows, count = logits, rows + losses, count + number
         return self._output(predictions, rows, count, metrics, reduction, train_stage)
@@ -313,11 +386,11 @@ class VALLE(CodecLM):
 
     def _draw_prompts(
         self, y: Tensor, y_lens: Tensor, other: Tensor | None, other_lens: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-        """Prompts and targets of the NAR decoder, and which target frames count; see `prefix_mode`."""
+    ) -> NarRows:
+        """Prompts and targets of the NAR decoder, as `prefix_mode` says."""
         valid = lengths_to_mask(y_lens, y.shape[1])
         if self.prefix_mode == 0:
-            return None, None, y, y_lens, valid
+            return NarRows(None, None, y, y_lens, valid)
         if self.prefix_mode == 4:
             if other is None:
                 raise UserError(
@@ -326,7 +399,7 @@ class VALLE(CodecLM):
             if other_lens is None:
                 other_lens = torch.full_like(y_lens, other.shape[1])
             prompt, prompt_lens = self.check_codes(other, other_lens, "y_prompts_codes")
-            return prompt, prompt_lens, y, y_lens, valid
+            return NarRows(prompt, prompt_lens, y, y_lens, valid)
         draw = (torch.rand(2, len(y_lens)) if self.training else torch.full((2, len(y_lens)), 0.5)).to(
             y.device
         )
@@ -334,18 +407,45 @@ class VALLE(CodecLM):
             lens = (y_lens * (0.25 + 0.25 * draw[0])).long().clamp(max=self.prefix_frames)
             lens = torch.minimum(lens, y_lens - 1)
             prompt, target = take(y, torch.zeros_like(lens), lens), take(y, lens, y_lens - lens)
-            return prompt, lens, target, y_lens - lens, lengths_to_mask(y_lens - lens, target.shape[1])
+            return NarRows(
+                prompt, lens, target, y_lens - lens, lengths_to_mask(y_lens - lens, target.shape[1])
+            )
         lens = (y_lens // 4).clamp(max=self.prefix_frames)
         starts = ((y_lens - lens + 1) * draw[1]).long()
         columns = torch.arange(y.shape[1], device=y.device)
         inside = (columns >= starts[:, None]) & (columns < (starts + lens)[:, None])
-        return take(y, starts, lens), lens, y, y_lens, valid & ~inside
+        return NarRows(take(y, starts, lens), lens, y, y_lens, valid & ~inside)
+
+    def _check_gaps(
+        self, y_lens: Tensor, prefix_lens: Tensor | None, suffix_lens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Frames before and behind each gap as int64, 0 where there is none; a clear error on what cannot be."""
+        self._check_fills()
+        if prefix_lens is None or not prefix_lens.shape == suffix_lens.shape == y_lens.shape:
+            raise UserError(f"prefix_lens and suffix_lens: expected both, {len(y_lens)} numbers each")
+        suffix_lens = suffix_lens.long()
+        prefix_lens = prefix_lens.long() * (suffix_lens > 0)
+        if int(torch.stack([prefix_lens, suffix_lens, y_lens - prefix_lens - suffix_lens - 1]).min()) < 0:
+            raise UserError(
+                f"prefix_lens {prefix_lens.tolist()[:8]} and suffix_lens {suffix_lens.tolist()[:8]}: expected 0 or "
+                f"more, and together less than the {y_lens.tolist()[:8]} frames of each row"
+            )
+        return prefix_lens, suffix_lens
+
+    def _check_fills(self) -> None:
+        if not self.pattern.plain:
+            raise UserError(
+                f"a {type(self).__name__} fills gaps with pattern valle and groups of 1 alone, this one has pattern "
+                f"{self.pattern.name} and groups of {self.pattern.group_size}"
+            )
 
     def compute_loss(self, batch: dict[str, Any], stage: int) -> StageLoss:
-        """For the engine: batch with x, x_lens, y, y_lens and, for prefix_mode 4, prompts and prompts_lens."""
+        """For the engine: batch with x, x_lens, y and y_lens; for prefix_mode 4, prompts and prompts_lens; where gaps
+        are filled, prefix_lens and suffix_lens.
+        """
         _, loss, metrics = self(
             batch["x"], batch["x_lens"], batch["y"], batch["y_lens"], "sum", stage,
-            batch.get("prompts"), batch.get("prompts_lens"),
+            batch.get("prompts"), batch.get("prompts_lens"), batch.get("prefix_lens"), batch.get("suffix_lens"),
         )  # fmt: skip
         count = sum(metrics[name][1] for name in ("ArLoss", "NarLoss") if name in metrics)
         return StageLoss(loss, count, metrics)
@@ -468,6 +568,57 @@ class VALLE(CodecLM):
         return result if num_samples == 1 else result.ranked(num_samples)
 
     @torch.no_grad()
+    def infill(
+        self,
+        x: Tensor,
+        y: Tensor,
+        start: int | Sequence[int],
+        end: int | Sequence[int],
+        x_lens: Tensor | None = None,
+        y_lens: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        dtype: str = "fp32",
+        *,
+        sampling: Sampling | None = None,
+        num_samples: int = 1,
+        new_frames: int | Sequence[int] | None = None,
+        on_frame: Callable[[int], object] | None = None,
+    ) -> Generation:
+        """Say frames start … end - 1 of a recording anew, given what is before and behind them and what all of it says.
+
+        For models trained with --infill-prob.
+
+        Args:
+            x: (B, S) text or (B, S, F) notes of the whole result; without B for one.
+            y: (B, T, Q) codes of the recordings, or (T, Q); what stands in the gap is not read.
+            start, end: the gap, 0 ≤ start < end ≤ T, with something left outside; one number or one a row.
+            x_lens: (B,) (default: S each).
+            y_lens: (B,) (default: T each).
+            new_frames: that take its place, one number or one a row (default: as many).
+            temperature, top_k, top_p, seed, dtype, sampling, num_samples, on_frame: see `AudioLM.generate`.
+
+        Returns:
+            codes (T - (end - start) + new_frames, Q) each, prompt_lens T - (end - start).
+
+        Raises:
+            UserError: a gap that does not lie in the recording, text or codes of the wrong shape or range, or a model
+                with another pattern.
+        """
+        self._check_fills()
+        texts = self._texts(x, x_lens)
+        if len(texts) != (rows := len(y) if y.dim() == 3 else 1):
+            raise UserError(f"{len(texts)} texts and {rows} recordings, expected as many")
+        if not self.first_frame and 0 in (start if isinstance(start, Sequence) else [start]):
+            raise UserError(
+                "this model has no begin symbol and fills no gap at the beginning; leave a frame before it"
+            )
+        generator = Generator(self, dtype, sampling or Sampling(temperature, top_k, top_p), on_frame=on_frame)
+        return generator.infill(y, y_lens, start, end, new_frames, seed, num_samples, texts)
+
+    @torch.no_grad()
     def stream(
         self,
         x: Tensor,
@@ -507,6 +658,15 @@ class VALLE(CodecLM):
             chunks or default_chunks(codec.frame_rate),
         )  # fmt: skip
 
+    def _texts(self, x: Tensor, x_lens: Tensor | None) -> list[Tensor]:
+        """Each row's text, checked, on the model's device."""
+        if x.dim() == 1 + self.reads_notes:
+            x = x[None]
+        if x_lens is None:
+            x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() > 1 else 0)
+        x, x_lens = self.check_text(x.to(self.device), x_lens.to(self.device))
+        return [row[:n] for row, n in zip(x, x_lens.tolist(), strict=True)]
+
     def _rows(
         self,
         x: Tensor,
@@ -516,19 +676,14 @@ class VALLE(CodecLM):
         max_new_tokens: int | None,
     ) -> tuple[list[Tensor], list[Tensor], int]:
         """Codes (P_i, Q) and text of each row on the model's device, and the number of new frames."""
-        if x.dim() == 1 + self.reads_notes:
-            x = x[None]
-        if x_lens is None:
-            x_lens = torch.full((x.shape[0],), x.shape[1] if x.dim() > 1 else 0)
-        x, x_lens = self.check_text(x.to(self.device), x_lens.to(self.device))
-        texts = [row[:n] for row, n in zip(x, x_lens.tolist(), strict=True)]
-        limit = FRAMES_PER_SYMBOL * int(x_lens.max()) if max_new_tokens is None else max_new_tokens
+        texts = self._texts(x, x_lens)
+        limit = FRAMES_PER_SYMBOL * max(map(len, texts)) if max_new_tokens is None else max_new_tokens
         if prompts is None:
             if not self.first_frame:
                 raise UserError(
                     "this model has no begin symbol and predicts nothing without a prompt; give one"
                 )
-            return [x.new_zeros(0, self.num_quantizers) for _ in texts], texts, limit
+            return [row.new_zeros(0, self.num_quantizers) for row in texts], texts, limit
         if prompts_lens is None:
             prompts_lens = torch.full((prompts.shape[0],), prompts.shape[1] if prompts.dim() == 3 else 0)
         codes, lens = self.check_codes(prompts.to(self.device), prompts_lens.to(self.device), "prompts")
@@ -595,6 +750,41 @@ def join_codes(first: Tensor, first_lens: Tensor, second: Tensor, second_lens: T
     shift = (first.shape[1] - first_lens)[:, None]
     index = torch.where(columns < first_lens[:, None], columns, columns + shift).clamp(max=both.shape[1] - 1)
     return both.gather(1, index[..., None].expand(-1, -1, both.shape[2]))
+
+
+def _fill_gaps(
+    drawn: NarRows, y: Tensor, y_lens: Tensor, prefix_lens: Tensor, suffix_lens: Tensor
+) -> tuple[NarRows, Tensor | None]:
+    """Where there is a gap, what is around it and in it in the place of what was drawn.
+
+    Returns:
+        the rows, and (B,) how many frames of each prompt stand before the target; None: all.
+    """
+    rows = suffix_lens.nonzero()[:, 0]
+    if not len(rows):
+        return drawn, None
+    split = split_prompt_target(
+        y[rows], y_lens[rows], prefix_lens[rows], (y_lens - prefix_lens - suffix_lens)[rows]
+    )
+    prompt, prompt_lens = drawn.prompt, drawn.prompt_lens
+    if prompt is None or prompt_lens is None:
+        prompt, prompt_lens = y[:, :0], torch.zeros_like(y_lens)
+    learned = lengths_to_mask(split.target_lens, split.target.shape[1])
+    filled = NarRows(
+        _with_rows(prompt, rows, split.prompt),
+        prompt_lens.index_copy(0, rows, split.prompt_lens),
+        _with_rows(drawn.target, rows, split.target),
+        drawn.target_lens.index_copy(0, rows, split.target_lens),
+        _with_rows(drawn.valid[..., None], rows, learned[..., None])[..., 0],
+    )
+    return filled, prompt_lens.index_copy(0, rows, split.prefix_lens)
+
+
+def _with_rows(x: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """(B, T, Q) with some rows (R,) replaced by those of (R, U, Q), as wide as the wider one."""
+    width = max(x.shape[1], new.shape[1])
+    x, new = (F.pad(part, (0, 0, 0, width - part.shape[1])) for part in (x, new))
+    return x.index_copy(0, rows, new)
 
 
 def without_prompt_text(x: Tensor, lens: Tensor, prompt_lens: Tensor, ends: bool) -> tuple[Tensor, Tensor]:

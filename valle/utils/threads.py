@@ -15,7 +15,8 @@ import torch
 
 from valle.utils.progress import progress
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 TRIAL = 3  # runs with each number of threads; the first is left out
 HOLD = 100  # runs with the best number until the others are tried again; doubles while it stays the best
