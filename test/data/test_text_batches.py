@@ -74,6 +74,18 @@ def test_gaps_are_anywhere_of_every_length_and_as_many_as_asked():
     assert abs(sum(share) - 200) < 5 * (800 * 0.25 * 0.75) ** 0.5
 
 
+def test_times_are_those_of_each_cut():
+    """Behind a row's text there is anything; gaps, prompts and the order of rows change nothing."""
+    times = [(np.arange(cut + 1) * 15_000).astype(np.uint16) for cut in range(5)]
+    cuts = [4, 0, 2]
+    for neighbours, infill_prob in ((None, 0.0), (CODES, 1.0)):
+        dataset = TextAudioDataset(Texts(), neighbours, Q, V, 7, 6, infill_prob, times)
+        found = dataset.batch([IDS[cut] for cut in cuts], [CODES[cut] for cut in cuts], 1, None, cuts)
+        assert found["x_times"].shape == found["x"].shape and found["x_times"].dtype == torch.float32
+        for row, cut in enumerate(cuts):
+            assert found["x_times"][row, : cut + 1].tolist() == [n * 15_000 for n in range(cut + 1)]
+
+
 def test_prompts_from_neighbours_stay_what_they_are():
     plain, gaps = (batch(prob, neighbours=CODES) for prob in (0.0, 1.0))
     assert plain["prompts_lens"].tolist() == [3, 6, 6, 6, 6]

@@ -168,7 +168,7 @@ def untrained(notes=False):
     sizes = MidiTokenizer().vocab_sizes if notes else len(TABLE)
     model = VALLE(
         16, 2, 1, num_quantizers=QUANTIZERS, codebook_size=CODES, text_sizes=sizes, text_ends=notes, prefix_mode=1,
-        frames_per_symbol=None if notes else 5.0,
+        symbol_frames=None if notes else [5.0] * sizes,
     ).eval()  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

@@ -71,14 +71,14 @@ def test_a_frame_a_symbol_counts_symbols(kind):
     x, x_lens, y, y_lens = make_batch(counted)
     expected = counted.ar_logits(x, x_lens, y[..., 0], y_lens)
     for frames, same in ((1.0, True), (2.0, False)):
-        clocked = make_model(kind, frames_per_symbol=frames)
+        clocked = make_model(kind, symbol_frames=[frames] * TEXT)
         clocked.load_state_dict(counted.state_dict())
         found = clocked.ar_logits(x, x_lens, y[..., 0], y_lens)
         assert torch.allclose(found, expected, atol=1e-5) == same
 
 
 def test_a_begin_symbol_stands_at_zero():
-    model = make_model("bos", frames_per_symbol=4.0)
+    model = make_model("bos", symbol_frames=[4.0] * TEXT)
     x, x_lens, y, y_lens = make_batch(model)
     positions = seen(model.ar_decoder, ar_call(model, x, x_lens, y, y_lens))
     assert positions[0].tolist() == [*(4.0 * n for n in range(7)), *range(17)]
@@ -130,19 +130,31 @@ def test_sine_models_turn_nothing():
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("frames", [0, 0.0, -1.5])
-def test_no_time_is_no_clock(frames):
-    with pytest.raises(ValueError, match=f"frames_per_symbol is {frames}, expected more than 0"):
-        make_model("valle", frames_per_symbol=frames)
-    with pytest.raises(UserError, match="expected more than 0"):
-        build_model(ValleConfig(num_quantizers=Q), V, {"sizes": TEXT, "frames_per_symbol": frames})
+@pytest.mark.parametrize(
+    "frames,message",
+    [
+        ([0.0] * TEXT, "expected 0 or more each, and not 0 for all"),
+        ([1.0] * (TEXT - 1) + [-0.5], "expected 0 or more each, and not 0 for all"),
+        ([1.0] * (TEXT - 1), f"{TEXT - 1} symbol_frames, expected one for each symbol of a text"),
+        ([], "0 symbol_frames, expected one for each symbol of a text"),
+    ],
+)
+def test_no_time_is_no_clock(frames, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("valle", symbol_frames=frames)
+    with pytest.raises(UserError, match=message):
+        build_model(ValleConfig(num_quantizers=Q), V, {"sizes": TEXT, "symbol_frames": frames})
 
 
-def test_notes_have_their_own_clock():
-    with pytest.raises(
-        ValueError, match=r"frames_per_symbol is 2\.0, expected more than 0, and of text alone"
-    ):
-        make_model("notes-on-time", frames_per_symbol=2.0)
+def test_some_symbols_may_take_no_time():
+    model = make_model("valle", symbol_frames=[0.0, 1.5, 4.0] + [0.0] * (TEXT - 3))
+    assert model.clock(torch.tensor([[0, 1, 2, 0, 0, 1]])).tolist() == [[0.0, 0.0, 1.5, 5.5, 5.5, 5.5]]
+
+
+@pytest.mark.parametrize("kind,number", [("notes-on-time", 1), ("notes-on-time", TEXT), ("notes", 6)])
+def test_notes_have_their_own_clock(kind, number):
+    with pytest.raises(ValueError, match=f"{number} symbol_frames, expected one for each symbol of a text"):
+        make_model(kind, symbol_frames=[2.0] * number)
 
 
 @pytest.mark.parametrize("name,cls", [("valle", VALLE), ("vallf", VALLF)])
@@ -160,16 +172,16 @@ def test_a_checkpoint_says_which_clock_it_has(name, cls):
     weights = build_model(config, V, {"sizes": TEXT}).state_dict()
     found = {}
     for clock in ("none", None, 3.5):
-        text = {"sizes": TEXT} | ({} if clock == "none" else {"frames_per_symbol": clock})
+        frames = [clock] * TEXT if clock == 3.5 else None
+        text = {"sizes": TEXT} | ({} if clock == "none" else {"symbol_frames": frames})
         contents = {
             "config": {"model": vars(config)}, "codec": {"codebook_size": V, "frame_rate": 50.0}, "text": text,
             "model": weights,
         }  # fmt: skip
         model, _ = load_model(contents)
         assert type(model) is cls
-        assert model.audio_from_zero == (clock == 3.5) and model.frames_per_symbol == text.get(
-            "frames_per_symbol"
-        )
+        assert model.audio_from_zero == model.has_clock == (clock == 3.5)
+        assert (None if model.symbol_frames is None else model.symbol_frames.tolist()) == frames
         x, x_lens, y, y_lens = make_batch(model)
         found[clock] = model.ar_logits(x, x_lens, y[..., 0], y_lens)
         positions = model._text(x, x_lens, "ar").positions[0]

@@ -17,7 +17,7 @@ KINDS = {
     "audio-lm": {},
     "audio-lm-bos": {"prepend_bos": True},
     "valle": {},
-    "valle-clock": {"frames_per_symbol": 1.5},
+    "valle-clock": {"symbol_frames": [1.5] * TEXT},
     "vallf": {"prepend_bos": True},
 }
 LENS = (7, 9, 4)

@@ -387,7 +387,7 @@ def test_a_gap_is_filled_with_what_text_and_suffix_say(kind):
     if kind == "vallf":
         cls, settings = VALLF, settings | {"prepend_bos": True}
     elif kind == "clock":
-        settings |= {"frames_per_symbol": 3.3}
+        settings |= {"symbol_frames": [3.3] * 8}
     elif kind == "notes":
         sizes = (8, 8, 8, 8, 204, 9)
         x = torch.stack([x, x, x, x, torch.full_like(x, 4), 4 + torch.arange(3).expand(4, 3)], -1)

@@ -22,8 +22,8 @@ KINDS = {
     "prenet": (VALLE, {"add_prenet": True}),
     "vallf": (VALLF, {"prepend_bos": True}),
     "vallf-sine": (VALLF, {"prepend_bos": True, "position": "sine", "audio_from_zero": True}),
-    "clock": (VALLE, {"frames_per_symbol": 2.75}),
-    "vallf-clock": (VALLF, {"prepend_bos": True, "frames_per_symbol": 2.75}),
+    "clock": (VALLE, {"symbol_frames": [2.75] * TEXT}),
+    "vallf-clock": (VALLF, {"prepend_bos": True, "symbol_frames": [2.75] * TEXT}),
     "notes": (VALLE, {"text_sizes": NOTE_SIZES}),
     "notes-side-by-side": (VALLE, {"text_sizes": NOTE_SIZES, "field_dims": (4, 4, 8, 8, 4, 4)}),
     "notes-on-time": (
@@ -186,7 +186,7 @@ def test_every_kind_trains_and_generates(kind, mode, stage):
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2, 4])
-@pytest.mark.parametrize("kind", ["valle", "vallf", "notes-on-time"])
+@pytest.mark.parametrize("kind", ["valle", "vallf", "notes-on-time", "clock", "vallf-clock"])
 def test_a_row_generates_the_same_in_any_batch(kind, mode):
     model = make_model(kind, mode)
     x, x_lens, y, _ = make_batch(model)

@@ -4,8 +4,8 @@ A batch is a dict: x (B, S, Q) and x_lens (B,) the prompts, y (B, T, Q) and y_le
 the frames of each prompt that stand before its target (fewer than x_lens where a gap is filled), ids (B strings),
 num_frames (the longest row, prompt and target together), and filler (true: the batch does not count).
 Of texts, x is (B, S) symbols or (B, S, F) notes, y the whole recordings; where prompts come from neighbours, prompts
-(B, P, Q) and prompts_lens (B,); where gaps are filled, prefix_lens and suffix_lens (B,), the frames before and behind
-each gap, 0 for rows without one.
+(B, P, Q) and prompts_lens (B,); where text and audio share a clock, x_times (B, S) in frames; where gaps are filled,
+prefix_lens and suffix_lens (B,), the frames before and behind each gap, 0 for rows without one.
 """
 
 import copy
@@ -26,6 +26,7 @@ from valle.data.batching import BatchPlan, EpochPlan, PlannedBatch
 from valle.data.manifests import stream_manifest
 from valle.data.packed import PackedCodes, load_codes, open_packed
 from valle.data.packed_texts import PackedTexts
+from valle.data.packed_times import PackedTimes
 from valle.data.split import PromptRule, draw_split, settle_prompt, split_prompt_target, uniform
 from valle.utils import distributed
 from valle.utils.errors import UserError
@@ -146,6 +147,7 @@ class TextAudioDataset:
         seed: of what is drawn.
         prompt_frames: of a neighbour at most.
         infill_prob: share of rows with a gap to fill, of any length.
+        times: when the symbols of all cuts are said.
     """
 
     def __init__(
@@ -157,9 +159,10 @@ class TextAudioDataset:
         seed: int,
         prompt_frames: int,
         infill_prob: float = 0.0,
+        times: PackedTimes | None = None,
     ) -> None:
         _check_share("infill_prob", infill_prob)
-        self.texts, self.codes = texts, codes
+        self.texts, self.codes, self.times = texts, codes, times
         self.num_quantizers, self.codebook_size = num_quantizers, codebook_size
         self.seed, self.prompt_frames = seed, prompt_frames
         self.infill_prob, self.drop_prompt_prob = infill_prob, 0.0
@@ -192,6 +195,9 @@ class TextAudioDataset:
             "ids": list(ids),
             "num_frames": max(len(row) for row in targets),
         }
+        if self.times is not None:
+            times = [torch.from_numpy(self.times[cut].astype(np.float32)) for cut in cuts]
+            batch["x_times"] = pad_sequence(times, batch_first=True)
         if self.codes is not None:
             prompts = [self._neighbour(cut, name, epoch) for cut, name in zip(cuts, ids, strict=True)]
             batch["prompts"] = pad_sequence(prompts, batch_first=True)

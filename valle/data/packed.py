@@ -456,6 +456,8 @@ def _remove_stale(folder: Path, name: str, pack: str) -> None:
     """Delete packs of the manifest as it was, and what builds that were killed have left."""
     digest = pack.removeprefix(f"{name}-")[:12]
     for other in folder.iterdir():
-        match = re.fullmatch(re.escape(name) + r"-([0-9a-f]{12})-(?:\d+x\d+|text-[0-9a-f]+)", other.name)
+        match = re.fullmatch(
+            re.escape(name) + r"-([0-9a-f]{12})-(?:\d+x\d+|(?:text|times)-[0-9a-f]+)", other.name
+        )
         if other.name.startswith(UNFINISHED) or (match and match[1] != digest):
             shutil.rmtree(other, ignore_errors=True)

@@ -19,6 +19,7 @@ from valle.data.dataset import CutBatches, PromptTargetDataset, TextAudioDataset
 from valle.data.midi import MidiTokenizer, make_midi_tokenizer
 from valle.data.packed import open_packed
 from valle.data.packed_texts import CutNotes, CutSymbols, PackedTexts, TextSource, open_packed_texts
+from valle.data.packed_times import PackedTimes, open_packed_times
 from valle.data.split import settle_prompt
 from valle.data.symbols import SymbolTable
 from valle.data.text import load_text_tokenizer
@@ -46,8 +47,17 @@ class Task(Protocol):
     manifests: str
     text: dict[str, Any] | None
 
-    def prepare(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> None:
-        """Measure on the training cuts what a new model is to know of them, into `text`."""
+    def prepare(
+        self, manifest: Path, codec: dict[str, Any], num_quantizers: int, begun: dict[str, Any] | None
+    ) -> None:
+        """Measure on the training cuts what a new model is to know of them, into `text`.
+
+        Args:
+            manifest: of the training cuts.
+            codec: of their codes.
+            num_quantizers: that are read of these.
+            begun: the `text` of a training in the same folder that goes on.
+        """
 
     def dataset(
         self, manifest: Path, codec: dict[str, Any], num_quantizers: int, seed: int, training: bool
@@ -71,7 +81,9 @@ class AudioTask:
     def __init__(self, data: DataConfig) -> None:
         self.data = data
 
-    def prepare(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> None:
+    def prepare(
+        self, manifest: Path, codec: dict[str, Any], num_quantizers: int, begun: dict[str, Any] | None
+    ) -> None:
         """See `Task`: nothing."""
 
     def dataset(
@@ -117,18 +129,31 @@ class TextTask:
             **self.source.config(),
             "sizes": self.source.sizes,
             "field_dims": (text or {}).get("field_dims"),
-            "frames_per_symbol": (text or {}).get("frames_per_symbol"),
+            "symbol_frames": (text or {}).get("symbol_frames"),
         }
         self.measures_clock = config.time_aligned and text is None and isinstance(self.source, CutSymbols)
 
-    def prepare(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> None:
-        """See `Task`: how long a symbol lasts, where text and audio are to share a clock."""
-        if not self.measures_clock:
-            return
-        frames = open_packed(manifest, num_quantizers, int(codec["codebook_size"])).frames.sum()
-        symbols = open_packed_texts(manifest, self.source).lens.sum()
+    def prepare(
+        self, manifest: Path, codec: dict[str, Any], num_quantizers: int, begun: dict[str, Any] | None
+    ) -> None:
+        """See `Task`: how long each symbol lasts, where text and audio are to share a clock."""
         assert self.text is not None
-        self.text["frames_per_symbol"] = round(float(frames / symbols), 2)
+        self.training_manifest = manifest
+        if begun is not None:  # weights that have learnt a clock, or none, keep it
+            self.text["symbol_frames"] = begun.get("symbol_frames")
+        elif self.measures_clock:
+            lasting = self._times(manifest, codec, num_quantizers).aligner().frames[:-1]
+            self.text["symbol_frames"] = [round(float(frames), 2) for frames in lasting]
+
+    def _times(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> PackedTimes:
+        """When the symbols of a manifest are said, by what the training cuts teach."""
+        size, symbols = int(codec["codebook_size"]), self.source.sizes
+        assert isinstance(symbols, int)
+        aligner = None
+        if manifest != self.training_manifest:
+            aligner = self._times(self.training_manifest, codec, num_quantizers).aligner()
+        texts, codes = open_packed_texts(manifest, self.source), open_packed(manifest, num_quantizers, size)
+        return open_packed_times(manifest, texts, codes, symbols, size, aligner)
 
     def dataset(
         self, manifest: Path, codec: dict[str, Any], num_quantizers: int, seed: int, training: bool
@@ -139,7 +164,9 @@ class TextTask:
         codes = open_packed(manifest, num_quantizers, size) if self.neighbours else None
         texts = open_packed_texts(manifest, self.source)
         infill_prob = self.infill_prob if training else 0.0
-        return TextAudioDataset(texts, codes, num_quantizers, size, seed, frames, infill_prob)
+        timed = self.text is not None and self.text["symbol_frames"] is not None
+        times = self._times(manifest, codec, num_quantizers) if timed else None
+        return TextAudioDataset(texts, codes, num_quantizers, size, seed, frames, infill_prob, times)
 
     def samples(self, codec: Any, source: CutBatches, places: Sequence[int], seed: int) -> SampleMaker:
         """See `Task`."""
@@ -201,10 +228,8 @@ def train_stage(model_config: ModelConfig, data: DataConfig, config: TrainConfig
     if start is not None:
         stages.check_text(start, task.text)
     begun = stages.find_begun(config) if start is None and task.text is not None else None
-    if begun is None:
-        task.prepare(manifests[0], codec, model_config.num_quantizers)
-    elif task.text is not None:  # weights that have learnt a clock, or none, keep it
-        task.text["frames_per_symbol"] = (begun.contents.get("text") or {}).get("frames_per_symbol")
+    read = None if begun is None else begun.contents.get("text") or {}
+    task.prepare(manifests[0], codec, model_config.num_quantizers, read)
     torch.manual_seed(config.seed)
     model = build_model(model_config, int(codec["codebook_size"]), task.text, codec.get("frame_rate"))
     if model_config.codebook_embedding:

@@ -10,6 +10,7 @@ worse then.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -141,7 +142,7 @@ class _AskToRead:
         for row, (cut, of_cut) in enumerate(zip(cuts, codes, strict=True)):
             _check_length(cut, of_cut)
             frames = max(1, round(READ_RATIO * len(of_cut)))
-            wrong = texts[(row + 1) % len(texts)]
+            wrong = texts[(row + 1) % len(texts)] if len(texts) > 1 else None
             out.append(SplitCodes(cut.id, of_cut[:frames], of_cut[frames:], texts[row], wrong))
         return out
 
@@ -151,9 +152,12 @@ class _AskToRead:
         """See `Asker`."""
         make = self._read_text if self.notes is None else self._read_notes
         generator = np.random.default_rng(seed)
-        return [
-            make(cut, cuts[(row + 1) % len(cuts)], codes, others, generator) for row, cut in enumerate(cuts)
+        # Another cut that is asked about, or, where there is one alone, any other.
+        pool = cuts if len(cuts) > 1 else [*cuts, *(other for other in others if other.id != cuts[0].id)]
+        asked = [
+            make(cut, pool[(row + 1) % len(pool)], codes, others, generator) for row, cut in enumerate(cuts)
         ]
+        return asked if len(pool) > 1 else [replace(question, wrong=None) for question in asked]
 
     def answer(
         self, questions: Sequence[Question], most: Sequence[int], seed: int, temperature: float, top_k: int

@@ -74,7 +74,7 @@ def build_model(
             text_ends=bool(text.get("ends")),
             time_fields=TIME_FIELDS if timed else (),
             frame_rate=rate if timed else None,
-            frames_per_symbol=text.get("frames_per_symbol"),
+            symbol_frames=text.get("symbol_frames"),
         )
     except ValueError as error:
         raise UserError(str(error)) from error

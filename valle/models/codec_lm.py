@@ -211,6 +211,10 @@ class CodecLM(nn.Module):
     def refine_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
         """(B, T, V) of one quantizer of what was generated behind prompts."""
 
+    def ready(self, prompts: Prompts) -> Prompts:
+        """Prompts with what the model works out once about them, before anything is generated."""
+        return prompts
+
     @abstractmethod
     def said_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the AR decoder's steps where it is told what to say.

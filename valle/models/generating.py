@@ -192,7 +192,8 @@ def refine_piece(
     x = history[-chunks.context :][None]
     y = tokens[: count + chunks.lookahead][None]
     lens = [torch.tensor([part.shape[1]], device=x.device) for part in (x, y)]
-    return refine(model, prompt.with_codes(x, lens[0]), y, lens[1])[0, :count]
+    seen = replace(prompt.with_codes(x, lens[0]), begin=len(history) - x.shape[1])
+    return refine(model, seen, y, lens[1])[0, :count]
 
 
 def refine_in_chunks(
@@ -260,9 +261,6 @@ class Generator:
         """Prefill; the loop then draws."""
         longest = frames if isinstance(frames, int) else max(frames)
         check_frames(longest, min_frames)
-        if prompts.prefix_lens is not None:
-            gap_lens = torch.as_tensor(frames, device=prompts.lens.device).expand(len(prompts.lens))
-            prompts = replace(prompts, gap_lens=gap_lens)
         with self.clock("prefill"):
             session, guided = open_session(self.model, prompts, longest, self.guidance_scale)
         session.frame_seconds = self.frame_seconds
@@ -319,6 +317,10 @@ class Generator:
         chunks: Chunks | None = None,
     ) -> Leg:
         """Continue prompts by up to `frames` frames."""
+        if prompts.prefix_lens is not None:
+            gap_lens = torch.as_tensor(frames, device=prompts.lens.device).expand(len(prompts.lens))
+            prompts = replace(prompts, gap_lens=gap_lens)
+        prompts = self.model.ready(prompts)
         loop = self.open_loop(prompts, streams, frames, min_frames)
         with self.clock("ar"):
             loop.advance()
@@ -558,9 +560,10 @@ class Stream:
             decoder.prime(given)
         codes, log_probs, reason, done = given, [], "length", 0
         generator, chunks = self._generator, self._chunks
+        ready = generator.model.ready(self._prompt)
         for room, new in legs(self._frames, self._window):
             part = codes if room is None else codes[-room:]
-            prompt = self._prompt.with_codes(part[None], torch.tensor([len(part)], device=part.device))
+            prompt = ready.with_codes(part[None], torch.tensor([len(part)], device=part.device))
             least = max(0, min(new, self._min_frames - done))
             loop = generator.open_loop(prompt, [self._stream], new, least)
             running, start, history = True, 0, part

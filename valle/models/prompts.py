@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Prompts:
         text: (B, L) symbols or (B, L, F) notes to be read, right-padded, those of the prompt first.
         text_lens: (B,).
         prompt_text_lens: (B,) how much of each text belongs to the prompt, where that is known.
+        begin: the frame of the recording at which `codes` begin.
+        text_times: (B, L) the frame at which each symbol begins, of models whose text and audio share a clock.
         prefix_lens: (B,) for in-filling: frames before the gap; the others stand behind it.
         gap_lens: (B,) for in-filling: frames of the gap.
     """
@@ -27,8 +30,10 @@ class Prompts:
     text: Tensor | None = None
     text_lens: Tensor | None = None
     prompt_text_lens: Tensor | None = None
+    text_times: Tensor | None = None
     prefix_lens: Tensor | None = None
     gap_lens: Tensor | None = None
+    begin: int = 0
 
     @property
     def columns(self) -> int:
@@ -41,10 +46,8 @@ class Prompts:
 
     def row(self, index: int) -> "Prompts":
         """One row, (1, …)."""
-        parts = (self.codes, self.lens, self.text, self.text_lens, self.prompt_text_lens)
-        codes, lens, *text = (None if part is None else part[index : index + 1] for part in parts)
-        assert codes is not None and lens is not None
-        return Prompts(codes, lens, *text)
+        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **{name: part[index : index + 1] for name, part in parts.items()})
 
 
 def make_prompts(

@@ -15,6 +15,7 @@ width.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ from valle.utils.errors import UserError
 
 PREFIX_MODES = (0, 1, 2, 4)
 FRAMES_PER_SYMBOL = 16  # at most, where nobody says how long a text may last
+MOST_HURRY = 1.4  # how much faster or slower than usual a text is read where its prompt is
 
 
 class NarRows(NamedTuple):
@@ -84,12 +86,13 @@ class VALLE(CodecLM):
             its place in time.
         frame_rate: of the codes in Hz. With `time_fields`, notes and audio then share one clock: both have positions in
             frames from the beginning of the recording on.
-        frames_per_symbol: how long a symbol of the text lasts on average. Text and audio then share a clock as notes
-            and audio do, a rough one: whoever looks for the symbol to say next finds it near by. None: positions count
-            symbols.
+        symbol_frames: how many frames each symbol of the text lasts on average. Text and audio then share a clock as
+            notes and audio do: in training by the times given (`x_times`), in generation by these averages. None:
+            positions count symbols.
     """
 
     reads = "prefix"
+    symbol_frames: Tensor | None
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class VALLE(CodecLM):
         text_ends: bool = False,
         time_fields: Sequence[tuple[int, int, float]] = (),
         frame_rate: float | None = None,
-        frames_per_symbol: float | None = None,
+        symbol_frames: Sequence[float] | None = None,
         pattern: str = "valle",
         group_size: int = 1,
     ) -> None:
@@ -126,19 +129,20 @@ class VALLE(CodecLM):
             raise ValueError(f"prefix_mode is {prefix_mode}, expected one of {PREFIX_MODES}")
         if bool(time_fields) != (frame_rate is not None):
             raise ValueError("time_fields and frame_rate belong together")
-        if frames_per_symbol is not None and (time_fields or frames_per_symbol <= 0):
-            raise ValueError(
-                f"frames_per_symbol is {frames_per_symbol}, expected more than 0, and of text alone"
-            )
+        if symbol_frames is not None and (time_fields or [len(symbol_frames)] != [text_sizes]):
+            raise ValueError(f"{len(symbol_frames)} symbol_frames, expected one for each symbol of a text")
+        if symbol_frames is not None and (min(symbol_frames) < 0 or max(symbol_frames) == 0):
+            raise ValueError("symbol_frames: expected 0 or more each, and not 0 for all")
         super().__init__(
             d_model, nhead, num_layers, norm_first, add_prenet, num_quantizers, nar_scale_factor, prepend_bos,
             codebook_size, share_embedding and not prepend_bos, dropout, position, activation, qk_norm,
-            attention_dropout, audio_from_zero or bool(time_fields or frames_per_symbol), nar_num_layers,
+            attention_dropout, audio_from_zero or bool(time_fields or symbol_frames is not None), nar_num_layers,
             self.reads == "memory", pattern, group_size,
         )  # fmt: skip
         self.prefix_mode, self.prefix_frames, self.text_ends = prefix_mode, prefix_frames, text_ends
         self.time_fields, self.note_rate = tuple(time_fields), frame_rate
-        self.frames_per_symbol = frames_per_symbol
+        lasting = None if symbol_frames is None else torch.tensor(symbol_frames, dtype=torch.float32)
+        self.register_buffer("symbol_frames", lasting, persistent=False)
         self.text_sizes = (text_sizes,) if isinstance(text_sizes, int) else tuple(text_sizes)
         self.reads_notes = not isinstance(text_sizes, int)
         self.ar_text_embedding = _text_embedding(text_sizes, d_model, field_dims)
@@ -149,8 +153,8 @@ class VALLE(CodecLM):
 
     # ------------------------------------------------------------------ logits
 
-    def _text(self, x: Tensor, x_lens: Tensor, decoder: str) -> Part:
-        """The text as a part of a decoder's input."""
+    def _text(self, x: Tensor, x_lens: Tensor, decoder: str, times: Tensor | None = None) -> Part:
+        """The text as a part of a decoder's input; `times` see `ar_logits`."""
         embedding, prenet, position = (
             getattr(self, f"{decoder}_{name}")
             for name in ("text_embedding", "text_prenet", "prefix_position")
@@ -158,17 +162,53 @@ class VALLE(CodecLM):
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         # Where audio goes on in steps of another length than a frame, so does what is read by the same clock.
         steps = self.pattern.steps_per_frame if decoder == "ar" else 1.0
-        if self.frames_per_symbol is not None:
-            positions = positions * (self.frames_per_symbol * steps)
-        if self.note_rate is not None:
-            seconds = torch.zeros(x.shape[:2], device=x.device)
-            for column, first, rate in self.time_fields:
-                seconds = seconds + (x[..., column] - first).clamp(min=0) / rate
-            positions = seconds * self.note_rate * steps
+        if self.has_clock:
+            positions = (self.clock(x) if times is None else times) * steps
         text = embedding(x)
         if prenet is not None:
             text = prenet(text, x_lens)
         return Part(text if position is None else position(text, positions), x_lens, positions)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether what is read and the audio have positions in frames of one recording."""
+        return self.note_rate is not None or self.symbol_frames is not None
+
+    def clock(self, x: Tensor) -> Tensor:
+        """(B, S, F) notes -> (B, S), the frame at which each begins; (B, S) text -> the same if all symbols lasted as
+        long as they do on average."""
+        if self.symbol_frames is not None:
+            lasting = self.symbol_frames[x]
+            return lasting.cumsum(1) - lasting
+        assert self.note_rate is not None
+        seconds = torch.zeros(x.shape[:2], device=x.device)
+        for column, first, rate in self.time_fields:
+            seconds = seconds + (x[..., column] - first).clamp(min=0) / rate
+        return seconds * self.note_rate
+
+    def ready(self, prompts: Prompts) -> Prompts:
+        """See `CodecLM`: with the times of the text, where text and audio share a clock.
+
+        A prompt's own text fills the prompt, and what follows is read at the prompt's speed, within bounds. Where a gap
+        is filled, the text fills the whole recording.
+        """
+        if self.symbol_frames is None or prompts.text is None or prompts.text_lens is None:
+            return prompts
+        clock = self.clock(prompts.text)
+        whole = F.pad(
+            clock + self.symbol_frames[prompts.text], (1, 0)
+        )  # (B, S + 1): until when each beginning lasts
+        known = prompts.lens.to(clock.dtype)[:, None]
+        if prompts.gap_lens is not None:
+            total = whole.gather(1, prompts.text_lens[:, None]).clamp(min=1.0)
+            return replace(prompts, text_times=clock * (known + prompts.gap_lens[:, None]) / total)
+        own = torch.zeros_like(prompts.lens) if prompts.prompt_text_lens is None else prompts.prompt_text_lens
+        own = own * (prompts.lens > 0)  # without a prompt, nothing has been said
+        spoken = whole.gather(1, own[:, None])
+        rate = torch.where(spoken > 0, known / spoken.clamp(min=1.0), 1.0)
+        behind = known + (clock - spoken) * rate.clamp(1 / MOST_HURRY, MOST_HURRY)
+        columns = torch.arange(clock.shape[1], device=clock.device)
+        return replace(prompts, text_times=torch.where(columns < own[:, None], clock * rate, behind))
 
     def ar_logits(
         self,
@@ -180,6 +220,8 @@ class VALLE(CodecLM):
         suffix: Tensor | None = None,
         suffix_lens: Tensor | None = None,
         suffix_starts: Tensor | None = None,
+        *,
+        times: Tensor | None = None,
     ) -> Tensor:
         """Logits of quantizer 0 for each frame, given the text and the frames before it.
 
@@ -196,6 +238,7 @@ class VALLE(CodecLM):
             suffix: (B, U) codes of quantizer 0 behind a gap (default: none). Not read with a filled cache.
             suffix_lens: (B,), 0 for rows without a gap; needed with `suffix`.
             suffix_starts: (B,) the frame at which each suffix begins; needed with `suffix`.
+            times: (B, S) the frame at which each symbol begins (default: see `clock`). Of models with a clock.
 
         Returns:
             (B, T + 1, V + 1): for frame 0 … T, the last one what follows y; index V is the end. With an empty cache the
@@ -203,7 +246,7 @@ class VALLE(CodecLM):
         """
         if cache is not None and cache.length > 0:
             return self.next_logits(y, cache)
-        text = self._text(x, x_lens, "ar")
+        text = self._text(x, x_lens, "ar", times)
         prefix, first, first_from = [self._prefix(text)], None, None
         if suffix is not None:
             assert suffix_lens is not None and suffix_starts is not None
@@ -224,6 +267,9 @@ class VALLE(CodecLM):
         prompt: Tensor | None = None,
         prompt_lens: Tensor | None = None,
         prefix_lens: Tensor | None = None,
+        *,
+        times: Tensor | None = None,
+        begin: int = 0,
     ) -> Tensor:
         """Logits of one quantizer for all target frames, given text, prompt and the target's lower quantizers.
 
@@ -235,13 +281,17 @@ class VALLE(CodecLM):
             prompt: (B, P, Q) codes that stand around the target (default: none).
             prompt_lens: (B,).
             prefix_lens: (B,) prompt frames before the target; the others stand behind it (default: all before).
+            times: as for `ar_logits`.
+            begin: the frame of the recording at which the prompt begins, where text and audio share a clock.
 
         Returns:
             (B, T, V).
         """
-        text = self._text(x, x_lens, "nar")
+        text = self._text(x, x_lens, "nar", times)
         prefix = self._prefix(text)
         first = torch.zeros_like(y_lens) if self.audio_from_zero else prefix.lens
+        if self.has_clock:
+            first = first + begin
         parts = [prefix]
         if prompt is not None and prompt_lens is not None:
             columns = torch.arange(prompt.shape[1], device=y.device)
@@ -270,34 +320,60 @@ class VALLE(CodecLM):
             behind = take(prompts.codes, before, lens - before)[..., 0]
             return self.ar_logits(
                 prompts.text, prompts.text_lens, tokens[:, : int(before.max())], before, cache,
-                behind, lens - before, before + prompts.gap_lens,
+                behind, lens - before, before + prompts.gap_lens, times=prompts.text_times,
             )[:, -1]  # fmt: skip
         if not self.pattern.plain:
             tokens = self.pattern.inputs(*self.pattern.targets(prompts.codes, lens))
             lens = self.pattern.whole_steps(lens)
             tokens = tokens[:, : int(lens.max())]
-        return self.ar_logits(prompts.text, prompts.text_lens, tokens, lens, cache)[:, -1]
+        return self.ar_logits(prompts.text, prompts.text_lens, tokens, lens, cache, times=prompts.text_times)[
+            :, -1
+        ]
 
     def refine_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor, quantizer: int) -> Tensor:
         """(B, T, V) of one quantizer of what was generated behind prompts."""
         assert prompts.text is not None and prompts.text_lens is not None
-        text, text_lens = prompts.text, prompts.text_lens
+        text, text_lens, times = prompts.text, prompts.text_lens, prompts.text_times
         if prompts.prefix_lens is not None:
             return self.nar_logits(
-                text, text_lens, y, y_lens, quantizer, prompts.codes, prompts.lens, prompts.prefix_lens
+                text,
+                text_lens,
+                y,
+                y_lens,
+                quantizer,
+                prompts.codes,
+                prompts.lens,
+                prompts.prefix_lens,
+                times=times,
             )
         if self.prefix_mode == 0:
             # Training has shown the NAR decoder no prompt: it is a beginning whose lower quantizers are known.
             known = prompts.codes[..., : y.shape[2]]
             both = join_codes(known, prompts.lens, y, y_lens)
-            logits = self.nar_logits(text, text_lens, both, prompts.lens + y_lens, quantizer)
+            logits = self.nar_logits(
+                text, text_lens, both, prompts.lens + y_lens, quantizer, times=times, begin=prompts.begin
+            )
             frames = prompts.lens[:, None] + torch.arange(y.shape[1], device=y.device)
             frames = frames.clamp(max=logits.shape[1] - 1)
             return logits.gather(1, frames[..., None].expand(-1, -1, logits.shape[-1]))
         if self.prefix_mode in (2, 4) and prompts.prompt_text_lens is not None:
             # The prompt's own text is not read then: in training, there was none.
-            text, text_lens = without_prompt_text(text, text_lens, prompts.prompt_text_lens, self.text_ends)
-        return self.nar_logits(text, text_lens, y, y_lens, quantizer, prompts.codes, prompts.lens)
+            own = prompts.prompt_text_lens
+            text, short = without_prompt_text(text, text_lens, own, self.text_ends)
+            if times is not None:
+                times, _ = without_prompt_text(times, text_lens, own, self.text_ends)
+            text_lens = short
+        return self.nar_logits(
+            text,
+            text_lens,
+            y,
+            y_lens,
+            quantizer,
+            prompts.codes,
+            prompts.lens,
+            times=times,
+            begin=prompts.begin,
+        )
 
     def said_logits(self, prompts: Prompts, y: Tensor, y_lens: Tensor) -> tuple[Tensor, Tensor]:
         """See `CodecLM`."""
@@ -305,7 +381,10 @@ class VALLE(CodecLM):
         lens = prompts.lens + y_lens
         codes = join_codes(prompts.codes, prompts.lens, y, y_lens)
         codes = codes.masked_fill(~lengths_to_mask(lens, codes.shape[1])[..., None], 0)
-        return self.ar_logits(prompts.text, prompts.text_lens, *self._steps(codes, lens)), prompts.lens
+        logits = self.ar_logits(
+            prompts.text, prompts.text_lens, *self._steps(codes, lens), times=prompts.text_times
+        )
+        return logits, prompts.lens
 
     # ---------------------------------------------------------------- training
 
@@ -321,6 +400,7 @@ class VALLE(CodecLM):
         y_prompts_lens: Tensor | None = None,
         prefix_lens: Tensor | None = None,
         suffix_lens: Tensor | None = None,
+        x_times: Tensor | None = None,
     ) -> LossOutput:
         """Loss of a batch.
 
@@ -339,6 +419,7 @@ class VALLE(CodecLM):
             prefix_lens: (B,) for in-filling: frames of each utterance before its gap; needed with `suffix_lens`.
             suffix_lens: (B,) frames behind it, 0 for rows without a gap (default: none has one). Of a row with one,
                 what is in the gap is learned, and no end, as its length is given.
+            x_times: (B, S) the frame at which each symbol begins (default: see `clock`); see `symbol_frames`.
 
         Raises:
             UserError: codes or text of the wrong shape or range, lengths that do not fit, no prompts in prefix_mode 4,
@@ -347,6 +428,8 @@ class VALLE(CodecLM):
         check_reduction(reduction)
         x, x_lens = self.check_text(x, x_lens)
         y, y_lens = self.check_codes(y, y_lens, "target y")
+        if x_times is None and self.has_clock:
+            x_times = self.clock(x)
         spoken_lens, ends = y_lens, torch.ones_like(y_lens)
         firsts = torch.full_like(y_lens, int(not self.first_frame))
         behind: tuple[Tensor, ...] = ()
@@ -361,7 +444,7 @@ class VALLE(CodecLM):
         count = 0
         if train_stage in (0, 1):
             logits, losses, number = self._ar_stage(
-                lambda tokens, lens: self.ar_logits(x, x_lens, tokens, lens, None, *behind),
+                lambda tokens, lens: self.ar_logits(x, x_lens, tokens, lens, None, *behind, times=x_times),
                 *(y, spoken_lens, ends, firsts, metrics),
             )
             predictions["ar"], rows, count = logits, rows + losses, count + number
@@ -371,9 +454,13 @@ class VALLE(CodecLM):
             if prefix_lens is not None and suffix_lens is not None:
                 drawn, before = _fill_gaps(drawn, y, y_lens, prefix_lens, suffix_lens)
             prompt, prompt_lens, target, target_lens, valid = drawn
+            if x_times is not None and prompt_lens is not None and self.prefix_mode in (2, 4):
+                # The whole utterance stands behind the prompt, but where there is a gap.
+                drawn_lens = prompt_lens if suffix_lens is None else prompt_lens * (suffix_lens == 0)
+                x_times = x_times + drawn_lens[:, None]
             for quantizer in self._nar_quantizers(x.shape[0], x.device):
                 logits = self.nar_logits(
-                    x, x_lens, target, target_lens, quantizer, prompt, prompt_lens, before
+                    x, x_lens, target, target_lens, quantizer, prompt, prompt_lens, before, times=x_times
                 )
                 losses, number = self._nar_loss(logits, target, valid, quantizer, metrics)
                 predictions["nar"], rows, count = logits, rows + losses, count + number
@@ -446,6 +533,7 @@ class VALLE(CodecLM):
         _, loss, metrics = self(
             batch["x"], batch["x_lens"], batch["y"], batch["y_lens"], "sum", stage,
             batch.get("prompts"), batch.get("prompts_lens"), batch.get("prefix_lens"), batch.get("suffix_lens"),
+            batch.get("x_times"),
         )  # fmt: skip
         count = sum(metrics[name][1] for name in ("ArLoss", "NarLoss") if name in metrics)
         return StageLoss(loss, count, metrics)
@@ -539,7 +627,8 @@ class VALLE(CodecLM):
             prompts_lens: (B,) (default: P each).
             max_new_tokens: frames to generate at most, one number or one a row (default: 16 for each symbol of the
                 longest text).
-            prompt_text_lens: (B,) how much of each text is the prompt's; read with prefix_mode 2 and 4. Where texts
+            prompt_text_lens: (B,) how much of each text is the prompt's; read with prefix_mode 2 and 4, and where
+                text and audio share a clock. Where texts
                 have symbols for begin and end, these two are counted, as if the prompt's text stood alone.
             temperature, top_k, top_p, seed, min_new_tokens, dtype, sampling, num_samples, chunks, on_frame: see
                 `AudioLM.generate`.
