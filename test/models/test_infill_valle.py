@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from valle.models import VALLE, VALLF
 from valle.models.builder import TIME_FIELDS
-from valle.models.valle import take
+from valle.models.rows import take
 from valle.modules.packing import FORMATS
 from valle.utils.errors import UserError
 

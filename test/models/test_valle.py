@@ -10,7 +10,7 @@ from valle.codecs import load_codec
 from valle.generation.chunks import Chunks
 from valle.models import VALLE, VALLF
 from valle.models.builder import TIME_FIELDS
-from valle.models.valle import join_codes, take, without_prompt_text
+from valle.models.rows import join_codes, take, without_prompt_text
 from valle.utils.errors import UserError
 
 Q, V, TEXT = 3, 20, 11
