@@ -367,3 +367,10 @@ def test_where_nothing_can_be_written_another_folder_is_used(corpus, monkeypatch
     (corpus / "packed").write_text("a file")
     times = opened(corpus)
     assert times.folder.is_relative_to(tmp_path / "temporary") and same(rows(times), by_hand(corpus))
+
+
+def test_a_symbol_that_was_never_met_lasts_as_long_as_any():
+    texts, codes, _ = say(20, 5)
+    lasting = train_aligner(texts, codes, SYMBOLS + 1, CODES).frames
+    met = np.bincount(np.concatenate(texts), minlength=SYMBOLS)
+    assert lasting[SYMBOLS] == pytest.approx((lasting[:SYMBOLS] * met).sum() / met.sum())

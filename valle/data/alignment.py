@@ -34,7 +34,8 @@ class Aligner:
         emissions: (Q, S + 1, V) log-probabilities of codes.
         stay: (S + 1,) log-probability of lasting another frame.
         skip: (S + 1,) log-probability of being left out.
-        frames: (S + 1,) how long a symbol lasts on average, 0 where it is left out.
+        frames: (S + 1,) how long a symbol lasts on average, counting 0 where it is left out; of one that was never met,
+            as long as any.
     """
 
     emissions: np.ndarray
@@ -200,4 +201,6 @@ def _count(
     emissions /= emissions.sum(2, keepdims=True)
     stay = np.clip((frames - visits + 1) / (frames + 2), LEAST, 1 - LEAST)
     skip = np.clip((places - visits + 1) / (places + 2), LEAST, 1 - LEAST)
-    return Aligner(np.log(emissions), np.log(stay), np.log(skip), frames / np.maximum(places, 1))
+    usual = frames[:-1].sum() / max(places[:-1].sum(), 1)
+    lasting = np.where(places > 0, frames / np.maximum(places, 1), usual)
+    return Aligner(np.log(emissions), np.log(stay), np.log(skip), lasting)
