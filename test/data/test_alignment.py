@@ -198,7 +198,7 @@ def test_learning_from_odd_utterances():
     assert aligner.emissions.shape == (1, SYMBOLS + 3, CODES)
     for name in Aligner.__dataclass_fields__:
         assert np.isfinite(getattr(aligner, name)).all()
-    assert aligner.frames[SYMBOLS : SYMBOLS + 2].tolist() == [0, 0], "in no text"
+    assert (aligner.frames[SYMBOLS : SYMBOLS + 2] > 0).all(), "in no text"
     assert aligner.frames.min() >= 0 and (aligner.stay < 0).all() and (aligner.skip < 0).all()
 
 
