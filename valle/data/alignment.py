@@ -12,10 +12,13 @@ Kaldi's monophone training.
 Shapes: B utterances, T frames, Q quantizers, L symbols, S symbols of the table, V codebook size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 QUANTIZERS = 2  # that are looked at
 ROUNDS = 10
@@ -42,6 +45,15 @@ class Aligner:
     stay: np.ndarray
     skip: np.ndarray
     frames: np.ndarray
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Aligner":
+        """From what `stored` gave."""
+        return cls(*(np.asarray(stored[name], dtype=np.float64) for name in cls.__dataclass_fields__))
+
+    def stored(self) -> dict[str, Tensor]:
+        """For checkpoints, in half precision."""
+        return {name: torch.from_numpy(getattr(self, name)).half() for name in self.__dataclass_fields__}
 
     def align(
         self,

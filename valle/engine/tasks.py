@@ -36,6 +36,10 @@ from valle.utils.log import setup_logger
 log = logging.getLogger(__name__)
 
 
+# What a checkpoint's `text` says of the clock: how long each symbol lasts, and what finds out when they are said.
+CLOCK = ("symbol_frames", "aligner")
+
+
 class Task(Protocol):
     """What a model is trained on.
 
@@ -129,7 +133,7 @@ class TextTask:
             **self.source.config(),
             "sizes": self.source.sizes,
             "field_dims": (text or {}).get("field_dims"),
-            "symbol_frames": (text or {}).get("symbol_frames"),
+            **{name: (text or {}).get(name) for name in CLOCK},
         }
         self.measures_clock = config.time_aligned and text is None and isinstance(self.source, CutSymbols)
 
@@ -140,10 +144,11 @@ class TextTask:
         assert self.text is not None
         self.training_manifest = manifest
         if begun is not None:  # weights that have learnt a clock, or none, keep it
-            self.text["symbol_frames"] = begun.get("symbol_frames")
+            self.text |= {name: begun.get(name) for name in CLOCK}
         elif self.measures_clock:
-            lasting = self._times(manifest, codec, num_quantizers).aligner().frames[:-1]
-            self.text["symbol_frames"] = [round(float(frames), 2) for frames in lasting]
+            aligner = self._times(manifest, codec, num_quantizers).aligner()
+            lasting = [round(float(frames), 2) for frames in aligner.frames[:-1]]
+            self.text |= {"symbol_frames": lasting, "aligner": aligner.stored()}
 
     def _times(self, manifest: Path, codec: dict[str, Any], num_quantizers: int) -> PackedTimes:
         """When the symbols of a manifest are said, by what the training cuts teach."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lhotse.cut import Cut
 
+from valle.data.alignment import Aligner
 from valle.data.midi import crop, join_notes, make_midi_tokenizer
 from valle.data.packed import prompt_mark
 from valle.data.packed_texts import CutNotes, CutSymbols
@@ -134,6 +135,7 @@ class _AskToRead:
         self.table = SymbolTable(text["symbols"]) if self.notes is None else SymbolTable()
         self.symbols = CutSymbols(self.table, text["tokenizer"])
         self.shortest = MIN_REST_SECONDS + (prompt_seconds if model.reads_notes else 0.0)
+        self.aligner = Aligner.of(text["aligner"]) if text.get("aligner") else None
 
     def splits(self, cuts: Sequence[Cut], codes: Sequence[np.ndarray]) -> list[SplitCodes]:
         """See `Asker`."""
@@ -143,8 +145,18 @@ class _AskToRead:
             _check_length(cut, of_cut)
             frames = max(1, round(READ_RATIO * len(of_cut)))
             wrong = texts[(row + 1) % len(texts)] if len(texts) > 1 else None
-            out.append(SplitCodes(cut.id, of_cut[:frames], of_cut[frames:], texts[row], wrong))
+            times, wrong_times = self._times(texts[row], of_cut), self._times(wrong, of_cut)
+            split = SplitCodes(
+                cut.id, of_cut[:frames], of_cut[frames:], texts[row], wrong, times, wrong_times
+            )
+            out.append(split)
         return out
+
+    def _times(self, text: np.ndarray | None, codes: np.ndarray) -> np.ndarray | None:
+        """(L,) when a text is said in codes, where the model was trained to know."""
+        if text is None or self.aligner is None:
+            return None
+        return self.aligner.align([text], [codes])[0]
 
     def questions(
         self, cuts: Sequence[Cut], codes: dict[str, np.ndarray], others: Sequence[Cut], seed: int

@@ -5,11 +5,13 @@ cut's figures are the same in any batch.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from valle.evaluation.scores import PositionSums, SplitCodes, TokenScores, frame_scores, stack_scores
 from valle.models.prompts import Prompts, make_prompts
@@ -75,7 +77,10 @@ def _prompts(
     codes = [torch.from_numpy(split.prompt[:, :num_quantizers].astype(np.int64)) for split in splits]
     read = [split.wrong if wrong else split.text for split in splits]
     texts = [torch.from_numpy(text).to(device) for text in read if text is not None]
-    return make_prompts([row.to(device) for row in codes], texts or None)
+    prompts = make_prompts([row.to(device) for row in codes], texts or None)
+    said = [split.wrong_times if wrong else split.times for split in splits]
+    times = [torch.from_numpy(part.astype(np.float32)).to(device) for part in said if part is not None]
+    return replace(prompts, text_times=pad_sequence(times, batch_first=True)) if times else prompts
 
 
 def _batches(splits: Sequence[SplitCodes], max_frames: int) -> list[list[int]]:

@@ -26,6 +26,10 @@ class SplitCodes:
     target: np.ndarray  # (T, Q) int64
     text: np.ndarray | None = None  # (L,) or (L, F) what the model reads, if it does
     wrong: np.ndarray | None = None  # another cut's
+    times: np.ndarray | None = (
+        None  # (L,) the frame at which each symbol of `text` begins, where that is known
+    )
+    wrong_times: np.ndarray | None = None  # (L,) where the symbols of `wrong` fit best
 
     @property
     def context(self) -> np.ndarray:
