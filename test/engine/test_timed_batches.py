@@ -168,7 +168,7 @@ def test_texts_that_no_training_has_seen_are_said(tmp_path):
     model, contents = load_model(tmp_path / "exp" / "best-valid-loss.pt")
     table = SymbolTable(contents["text"]["symbols"])
     lasting = dict(zip(table, contents["text"]["symbol_frames"], strict=True))
-    assert lasting.pop("<eps>") == 0
+    assert lasting.pop("<eps>") > 0, "in no text"
     for letter, frames in LASTING.items():  # at speeds from 0.8 to 1.3
         assert lasting[letter] == pytest.approx(1.05 * frames, rel=0.1)
     right = 0.0

@@ -187,6 +187,13 @@ def test_no_row_ends_before_the_minimum():
     assert result.finish_reasons == ["eos"]
 
 
+def test_every_row_may_have_its_own_minimum():
+    ends = torch.tensor([0.0, 0, 0, 0, 0, 9])
+    free = Rows([[0], [0], [0]], lambda row: ends)
+    result = decode(free, 5, GREEDY, make_streams(3, 0), 6, min_new_tokens=[0, 4, 2])
+    assert result.lens.tolist() == [0, 4, 2] and result.finish_reasons == ["eos"] * 3
+
+
 def test_all_rows_may_end_at_once():
     session = scripted([[5], [5]])
     result = decode(session, 5, GREEDY, make_streams(2, 0), 6)

@@ -32,6 +32,26 @@ def ready(frames, text, own=None, model=None):
 # ---------------------------------------------------------------------------------- generation: ready
 
 
+def test_no_text_ends_before_half_of_its_time():
+    codes = [torch.zeros(n, Q, dtype=torch.long) for n in (9, 0)]
+    prompts = make_prompts(codes, [torch.tensor([3, 6, 0, 4, 2]), torch.tensor([8, 8, 1])], [2, 0])
+    model = timed()
+    found = model.ready(prompts).least.tolist()
+    assert found == [int(0.5 * 4), 8], "until the last symbol begins: 4 frames behind the prompt, and 16"
+    with torch.no_grad():
+        model.ar_predict_layer.weight.zero_()
+        model.ar_predict_layer.weight[model.eos] = (
+            1.0  # whatever is said, the end is the likeliest or all are alike
+        )
+    for row, own in ((0, 2), (1, 0)):
+        prompt = codes[row][None] if len(codes[row]) else None
+        text = prompts.text[row, : int(prompts.text_lens[row])]
+        made = model.generate(
+            text, None, prompt, None, 40, temperature=0, prompt_text_lens=torch.tensor([own])
+        )
+        assert len(made.codes[0]) - made.prompt_lens[0] >= found[row]
+
+
 @pytest.mark.parametrize("own", [None, 0, 2])
 def test_without_a_prompt_a_text_is_read_at_its_usual_speed(own):
     assert ready(0, [3, 6, 0, 4, 2], own) == [0, 3, 9, 9, 13]

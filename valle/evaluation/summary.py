@@ -95,7 +95,9 @@ def checks_of(results: dict[str, Any]) -> list[dict[str, Any]]:
         detail = f"{_mean(model)} against {_mean(unigram)}; the codec's ceiling is {_mean(ceiling)}"
         checks.append(_check(name, model["mean"] > unigram["mean"], detail))
     else:
-        checks.append(_check(name, None, "no clips, no task quality, or speechmos and onnxruntime are not installed"))
+        checks.append(
+            _check(name, None, "no clips, no task quality, or speechmos and onnxruntime are not installed")
+        )
     return checks
 
 

@@ -107,7 +107,7 @@ class FrameLoop:
         streams: B streams of random numbers, from `make_streams`.
         max_new_tokens: a row ends with so many frames ("length"); one number, or one a row.
         min_new_tokens: no row ends with fewer frames, unless its `max_new_tokens` are fewer: the end symbol is not
-            drawn before, and no repetition shortens the row below.
+            drawn before, and no repetition shortens the row below; one number, or one a row.
         on_frame: called with the number of frames done after each, for progress bars.
 
     Raises:
@@ -121,7 +121,7 @@ class FrameLoop:
         sampling: Sampling,
         streams: Sequence[Random],
         max_new_tokens: int | Sequence[int],
-        min_new_tokens: int = 0,
+        min_new_tokens: int | Sequence[int] = 0,
         on_frame: Callable[[int], object] | None = None,
     ) -> None:
         logits = session.logits
@@ -129,12 +129,13 @@ class FrameLoop:
         limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if min(limits) < 1:
             raise UserError(f"max_new_tokens is {min(limits)}, expected 1 or more")
-        if min_new_tokens < 0:
-            raise UserError(f"min_new_tokens is {min_new_tokens}, expected 0 or more")
-        if not len(streams) == len(limits) == batch:
+        least = [min_new_tokens] * batch if isinstance(min_new_tokens, int) else list(min_new_tokens)
+        if min(least) < 0:
+            raise UserError(f"min_new_tokens is {min(least)}, expected 0 or more")
+        if not len(streams) == len(limits) == len(least) == batch:
             raise ValueError(f"{batch} rows, {len(streams)} streams, {len(limits)} max_new_tokens")
         self._session, self._eos, self._sampling, self._on_frame = session, eos, sampling, on_frame
-        self._min_frames = min_new_tokens
+        self._least, self._most_least = least, max(least)
         self.done = 0  # frames drawn so far
         # by row
         self._limits = limits
@@ -209,9 +210,10 @@ class FrameLoop:
         frame, slots = self.done, slice(0, self._running)
         logits = self._session.logits.float()
         allowed = logits
-        if frame < self._min_frames:
+        if frame < self._most_least:
+            early = [slot for slot in range(self._running) if frame < self._least[self._rows[slot]]]
             allowed = logits.clone()
-            allowed[:, self._eos] = -torch.inf
+            allowed[early, self._eos] = -torch.inf
         drawn = sample(allowed, self._sampling, numbers, self._tokens[:frame, slots])
         self._tokens[frame, slots] = drawn
         self._log_probs[frame, slots] = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
@@ -228,8 +230,8 @@ class FrameLoop:
         """Whether the row ends with the code just drawn; if so, note how."""
         if code == self._eos:
             self._lens[row], self._reasons[row] = self.done - 1, "eos"
-        elif (surplus := self._repetitions[row].add(code)) > 0 and self.done >= self._min_frames:
-            self._lens[row] = max(self.done - surplus, self._min_frames)
+        elif (surplus := self._repetitions[row].add(code)) > 0 and self.done >= self._least[row]:
+            self._lens[row] = max(self.done - surplus, self._least[row])
             self._reasons[row] = "repetition"
         elif self.done == self._limits[row]:
             self._lens[row], self._reasons[row] = self.done, "length"
@@ -288,7 +290,7 @@ def decode(
     sampling: Sampling,
     streams: Sequence[Random],
     max_new_tokens: int | Sequence[int],
-    min_new_tokens: int = 0,
+    min_new_tokens: int | Sequence[int] = 0,
     on_frame: Callable[[int], object] | None = None,
 ) -> Decoded:
     """A `FrameLoop` from its first frame to its last; its arguments, and what it raises."""

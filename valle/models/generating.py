@@ -266,8 +266,11 @@ class Generator:
         session.frame_seconds = self.frame_seconds
         before, pattern = self.frames_done, self.model.pattern
         if pattern.plain:
+            least: int | list[int] = min_frames
+            if prompts.least is not None:
+                least = [max(min_frames, own) for own in prompts.least.tolist()]
             return FrameLoop(
-                guided, self.model.eos, self.sampling, streams, frames, min_frames,
+                guided, self.model.eos, self.sampling, streams, frames, least,
                 lambda done: self._count(before + done),
             )  # fmt: skip
         self._check_pattern(prompts)

@@ -21,6 +21,7 @@ class Prompts:
         prompt_text_lens: (B,) how much of each text belongs to the prompt, where that is known.
         begin: the frame of the recording at which `codes` begin.
         text_times: (B, L) the frame at which each symbol begins, of models whose text and audio share a clock.
+        least: (B,) new frames before which no row ends, where the model can tell.
         prefix_lens: (B,) for in-filling: frames before the gap; the others stand behind it.
         gap_lens: (B,) for in-filling: frames of the gap.
     """
@@ -31,6 +32,7 @@ class Prompts:
     text_lens: Tensor | None = None
     prompt_text_lens: Tensor | None = None
     text_times: Tensor | None = None
+    least: Tensor | None = None
     prefix_lens: Tensor | None = None
     gap_lens: Tensor | None = None
     begin: int = 0

@@ -45,6 +45,7 @@ from valle.utils.errors import UserError
 
 PREFIX_MODES = (0, 1, 2, 4)
 FRAMES_PER_SYMBOL = 16  # at most, where nobody says how long a text may last
+LEAST_SAID = 0.5  # of the time until the last symbol: no text is read faster
 MOST_HURRY = 1.4  # how much faster or slower than usual a text is read where its prompt is
 
 
@@ -171,8 +172,8 @@ class VALLE(CodecLM):
     def ready(self, prompts: Prompts) -> Prompts:
         """See `CodecLM`: with the times of the text, where text and audio share a clock.
 
-        A prompt's own text fills the prompt, and what follows is read at the prompt's speed, within bounds. Where a gap
-        is filled, the text fills the whole recording.
+        A prompt's own text fills the prompt, and what follows is read at the prompt's speed, within bounds; the end
+        does not come before half of the time that this takes. Where a gap is filled, the text fills the recording.
         """
         if self.symbol_frames is None or prompts.text is None or prompts.text_lens is None:
             return prompts
@@ -190,7 +191,11 @@ class VALLE(CodecLM):
         rate = torch.where(spoken > 0, known / spoken.clamp(min=1.0), 1.0)
         behind = known + (clock - spoken) * rate.clamp(1 / MOST_HURRY, MOST_HURRY)
         columns = torch.arange(clock.shape[1], device=clock.device)
-        return replace(prompts, text_times=torch.where(columns < own[:, None], clock * rate, behind))
+        times = torch.where(columns < own[:, None], clock * rate, behind)
+        # Behind a prompt that ends in silence it may seem that all has been said.
+        last = times.gather(1, (prompts.text_lens - 1)[:, None])
+        least = (LEAST_SAID * (last - known)).clamp(min=0)[:, 0].long()
+        return replace(prompts, text_times=times, least=least)
 
     def ar_logits(
         self,
