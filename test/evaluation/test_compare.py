@@ -71,6 +71,23 @@ def test_figures_of_continuations_know_which_way_is_better():
     assert found["generation: repetition, from the recording's"]["difference"]["mean"] == pytest.approx(0.2)
 
 
+def test_where_figures_disagree_the_likelihood_decides():
+    a, b = results(seed=1), results(seed=2, loss=0.3, wer=-0.2)  # worse codes, fewer errors
+    found = compare(a, b)
+    assert (
+        found.figures["metric: wer"]["verdict"] == "better"
+        and found.figures["metric: similar"]["verdict"] == "better"
+    )
+    assert (
+        found.verdict == "worse"
+        and "bits per second decide" in found.reason
+        and "metric: wer" in found.reason
+    )
+    assert compare(b, a).verdict == "better"
+    alike = compare(a, results(seed=2, wer=-0.2))  # a recording's repetition is missed, errors are fewer
+    assert alike.figures["bits per second"]["verdict"] == "cannot tell" and alike.verdict == "cannot tell"
+
+
 def test_noise_seldom_has_a_verdict_on_the_whole():
     verdicts = [
         compare(results(seed=2 * n, noise=1), results(seed=2 * n + 1, noise=1)).verdict for n in range(8)
