@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -251,7 +252,7 @@ def _line(number: int, cells: dict[str, str], folder: Path) -> Line:
     return Line(number, name, found.get("text"), prompt_text=found.get("prompt_text"), **paths)
 
 
-class Reader:
+class Reader(ABC):
     """Turns lines into jobs for one model.
 
     Args:
@@ -282,10 +283,11 @@ class Reader:
             raise UserError("this model has no begin symbol and predicts nothing without a prompt; give one")
         return self.make(line)
 
+    @abstractmethod
     def make(self, line: Line) -> Job:
         """See `job`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, config: ReadConfig, frames: int, first: int, last: int) -> Tensor:
         """(L,) symbols or (L, F) notes of a stretch of a clip whose gap is to be filled.
 
@@ -297,7 +299,6 @@ class Reader:
         Raises:
             UserError: what is wrong with text or notes.
         """
-        raise NotImplementedError
 
     def prompt(self, line: Line) -> tuple[Tensor, float]:
         """(P, Q) codes of the prompt's end, none without one; and the second of the clip at which they begin."""

@@ -131,6 +131,10 @@ class _AskToRead:
 
     def __init__(self, model: VALLE, text: dict[str, Any], frame_rate: float, prompt_seconds: float) -> None:
         self.model, self.text, self.frame_rate, self.prompt_seconds = model, text, frame_rate, prompt_seconds
+        if not model.reads_notes and not (text.get("symbols") and text.get("tokenizer")):
+            raise UserError(
+                "the checkpoint does not say what its text symbols are; convert it again, with --text-tokens"
+            )
         self.notes = CutNotes(make_midi_tokenizer(text["tokenizer"])) if model.reads_notes else None
         self.table = SymbolTable(text["symbols"]) if self.notes is None else SymbolTable()
         self.symbols = CutSymbols(self.table, text["tokenizer"])
