@@ -192,8 +192,8 @@ def test_without_shuffling_every_epoch_is_the_same():
 
 def test_a_large_corpus_is_planned_in_a_moment():
     durations = lengths(300_000)
-    begun = time.perf_counter()
+    begun = time.process_time()
     plan = BatchPlan(durations, 80.0, world_size=8).epoch(1)
-    assert time.perf_counter() - begun < 10, "0.2 s on a free core"
-    begun = time.perf_counter()
-    assert len(plan[len(plan) - 1].cuts) >= 1 and time.perf_counter() - begun < 0.1
+    assert time.process_time() - begun < 10, "0.2 s on a free core"
+    begun = time.process_time()
+    assert len(plan[len(plan) - 1].cuts) >= 1 and time.process_time() - begun < 0.1

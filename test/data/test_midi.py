@@ -330,11 +330,11 @@ def test_ten_minutes_take_less_than_a_second(tmp_path):
     notes = _performance(4, count=12_000, duration=600.0)
     write_notes(tmp_path / "long.mid", notes)
     tokenizer = MidiTokenizer()
-    start = time.perf_counter()
+    start = time.process_time()
     found = read_notes(tmp_path / "long.mid")
     for second in range(0, 600, 10):
         tokenizer(crop(found, second, second + 10.0))
-    assert len(found) == 12_000 and time.perf_counter() - start < 1.0
+    assert len(found) == 12_000 and time.process_time() - start < 1.0
 
 
 def test_octuple_of_miditok_says_the_same_on_a_grid(tmp_path):

@@ -107,7 +107,7 @@ def test_a_rank_that_is_stuck_is_named_by_the_other(tmp_path, capfd, stuck, how)
 
 def test_keeping_in_mind_where_a_process_is_costs_next_to_nothing():
     watchdog = Watchdog(1800)
-    begun = time.perf_counter()
+    begun = time.process_time()  # of this process: neighbours do not count
     for number in range(10_000):
         watchdog.enter(number // 5, "data")
-    assert (time.perf_counter() - begun) / 10_000 < 1e-4 / 5, "seconds a phase; a step has about five"
+    assert (time.process_time() - begun) / 10_000 < 1e-4 / 5, "seconds a phase; a step has about five"
