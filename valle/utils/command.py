@@ -4,7 +4,9 @@ A training that was asked to end (SIGTERM, SIGUSR1) ends with 75, "try again lat
 go on to the next step with a model that is not done.
 """
 
+import _thread
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -21,6 +23,7 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    sys.unraisablehook = _hand_on
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         main(arguments)
@@ -39,3 +42,12 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
         sys.stderr.close()
         sys.exit(1)
     sys.exit(0)
+
+
+def _hand_on(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C that came while an object was being cleared away, where Python drops exceptions: once more."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        # Not at once: it would be raised, and dropped, in here.
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
