@@ -5,10 +5,11 @@ go on to the next step with a model that is not done.
 """
 
 import _thread
+import contextlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from valle.utils.errors import Unfinished, UserError
@@ -23,10 +24,10 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    sys.unraisablehook = _hand_on
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        main(arguments)
+        with _interruptions_heard():
+            main(arguments)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -44,10 +45,20 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = No
     sys.exit(0)
 
 
-def _hand_on(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C that came while an object was being cleared away, where Python drops exceptions: once more."""
-    if unraisable.exc_type is KeyboardInterrupt:
-        # Not at once: it would be raised, and dropped, in here.
-        threading.Timer(0.05, _thread.interrupt_main).start()
-    else:
-        sys.__unraisablehook__(unraisable)
+@contextlib.contextmanager
+def _interruptions_heard() -> Iterator[None]:
+    """Ctrl-C that comes while an object is cleared away, where Python drops exceptions, is raised once more."""
+    before = sys.unraisablehook
+
+    def hand_on(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            # Not at once: it would be raised, and dropped, in here.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hand_on
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
