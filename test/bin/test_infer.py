@@ -344,7 +344,9 @@ def test_an_interrupted_stream_keeps_what_it_has(versatile):
         process.send_signal(signal.SIGINT)
         try:
             shown, said = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:  # dropped, which was seen once and not explained: again, as one would
+        except (
+            subprocess.TimeoutExpired
+        ):  # dropped, which was seen once and not explained: again, as one would
             process.send_signal(signal.SIGINT)
             shown, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
