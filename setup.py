@@ -31,7 +31,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["valle", "valle.*"]),
-    package_data={"valle": ["codecs/assets/**/*", "**/conf/*.yaml"]},
+    package_data={"valle": ["codecs/assets/**/*", "**/conf/*.yaml", "native/*.c"]},
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

@@ -150,12 +150,14 @@ def test_flops_of_forward_and_backward(flags, stage, kernels, monkeypatch):
     model, architecture = model_and_architecture(**flags, decoder_dim=128)
     rows, prompt, target = 3, 20, 17
     found = count_flops(model, make_batch(rows, prompt, target), stage)
-    needed = planning.train_flops(architecture, torch.full((rows,), prompt), [target] * rows, stage)
+    unread = kernels == "of PyTorch"
+    lens = torch.full((rows,), prompt), [target] * rows
+    needed = planning.train_flops(architecture, *lens, stage, unread)
     within(found, needed, 0.02)
     # Nothing less than what is needed, and no more than with all hidden pairs.
     dense = 3 * rows * sum(planning.forward_work(architecture, prompt, target, stage, dense=True))
     assert needed <= found * (1 + 1e-9) and found <= dense * (1 + 1e-9)
-    if stage == 2:
+    if stage == 2 and unread:
         assert needed == dense
 
 
@@ -167,7 +169,7 @@ def test_attention_in_long_rows_counts():
     work = planning.forward_work(architecture, prompt, target, 2)
     assert work.attention > 0.6 * sum(work)
     found = count_flops(model, make_batch(1, prompt, target), 2)
-    within(found, planning.train_flops(architecture, [prompt], [target], 2), 0.02)
+    within(found, planning.train_flops(architecture, [prompt], [target], 2, unread=False), 0.02)
 
 
 @pytest.mark.parametrize(("prompt", "target"), [(1, 1), (5, 0), (7, 12)])

@@ -174,6 +174,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         [prompt] * clips,
         [frames - prompt] * clips,
         case["stage"],
+        unread=device.type != "cpu",
     )
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     times = [step["time"] for step in steps]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from valle import native
 from valle.models import AudioLM
 from valle.modules import cpu
 from valle.modules.embeddings import RotaryPositions, rotate
@@ -11,6 +12,15 @@ from valle.modules.embeddings import RotaryPositions, rotate
 pytestmark = pytest.mark.skipif(not cpu.serves(torch.zeros(1)), reason="no x86 CPU with oneDNN")
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 HEADS, SIZE = 3, 8
+
+
+@pytest.fixture(autouse=True, params=["native", "of PyTorch"])
+def kernels(request, monkeypatch):
+    """Everything with the kernels in C and without them."""
+    if request.param == "of PyTorch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip(native.state())
 
 
 def close(ours, theirs, dtype):

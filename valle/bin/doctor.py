@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from valle import __version__
+from valle import __version__, native
 from valle.codecs import ASSETS, BUILDERS, DEFAULT_CODEC, load_codec
 from valle.codecs.hf import HUB_IDS
 from valle.config import DataConfig, ModelConfig, TrainConfig, chosen_by_user, parse
@@ -151,6 +151,9 @@ def check_machine(report: Report, device: torch.device, exp_dir: Path) -> str:
     dtype = best_dtype(found)
     shown = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in found.items())
     report.line("speed", f"{shown} GFLOP/s in a matrix product; {dtype} suits {device}")
+    if device.type == "cpu":
+        there = "compiled, " if native.available() else "none: "
+        report.line("kernels", f"{there}{native.state()}")
     check_threads(report)
     return dtype
 

@@ -107,7 +107,7 @@ def attention_pairs(prompt: int, target: int, stage: int, dense: bool = False) -
 
 
 def forward_work(
-    architecture: Architecture, prompt: int, target: int, stage: int, dense: bool = False
+    architecture: Architecture, prompt: int, target: int, stage: int, dense: bool = False, unread: bool = True
 ) -> Work:
     """Operations of one row's forward pass.
 
@@ -116,9 +116,10 @@ def forward_work(
         prompt, target: frames.
         stage: 1 AR, 2 NAR with one quantizer, as in training, 0 both.
         dense: see `attention_pairs`.
+        unread: count the last layer's outputs that nothing reads, those of the prompt: GPUs compute them, CPUs do not.
     """
     if stage == 0:
-        parts = [forward_work(architecture, prompt, target, part, dense) for part in (1, 2)]
+        parts = [forward_work(architecture, prompt, target, part, dense, unread) for part in (1, 2)]
         return Work(sum(part.linear for part in parts), sum(part.attention for part in parts))
     vocabulary = architecture.codebook_size
     if stage == 1:
@@ -134,6 +135,8 @@ def forward_work(
     frames = prompt + target
     # A layer's weights: query, key, value 3 D², output D², feed-forward 8 D².
     products = frames * architecture.num_layers * 12 * dim**2
+    if not unread:
+        products -= max(0, frames - predicted) * 9 * dim**2
     products += predicted * dim * vocabulary + adaptive * 2 * dim**2
     if architecture.add_prenet:
         products += frames * (2 * dim * PRENET_DIM + PRENET_DIM**2)
@@ -142,7 +145,11 @@ def forward_work(
 
 
 def train_flops(
-    architecture: Architecture, prompt_lens: Iterable[int], target_lens: Iterable[int], stage: int
+    architecture: Architecture,
+    prompt_lens: Iterable[int],
+    target_lens: Iterable[int],
+    stage: int,
+    unread: bool = True,
 ) -> float:
     """Operations that forward and backward of a batch need: no padding, no hidden pairs, nothing computed twice.
 
@@ -153,10 +160,11 @@ def train_flops(
         architecture: of the model.
         prompt_lens, target_lens: frames of each row; a tensor (B,) will do.
         stage: 0 both decoders, 1 AR, 2 NAR.
+        unread: see `forward_work`.
     """
     total = 0.0
     for prompt, target in zip(prompt_lens, target_lens, strict=True):
-        total += 3 * sum(forward_work(architecture, int(prompt), int(target), stage))
+        total += 3 * sum(forward_work(architecture, int(prompt), int(target), stage, unread=unread))
     return total
 
 

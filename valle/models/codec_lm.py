@@ -316,7 +316,7 @@ class CodecLM(nn.Module):
             times,
             lambda: prefix_causal_mask(starts, lens, columns, columns),
             cache,
-            rows=(total, lens),
+            rows=(total, lens, ends.min(1).values.clamp(min=0) if cache is None else starts),
             memory=memory,
         )
         ends = ends.clamp(0, hidden.shape[1] - 1)
@@ -388,7 +388,7 @@ class CodecLM(nn.Module):
         stages = torch.cat(list(self.nar_stage_embeddings.parameters()))
         condition = stages[quantizer - 1][:, None]  # (B, 1, D)
         hidden = self.nar_decoder(
-            sequence, times, mask, condition=condition, rows=(total, total), memory=memory
+            sequence, times, mask, condition=condition, rows=(total, total, before), memory=memory
         )
         columns = (before[:, None] + torch.arange(y.shape[1], device=y.device)).clamp(max=width - 1)
         hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))

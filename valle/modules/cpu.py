@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from valle import native
 
 QUERY_BLOCK = 256  # queries that share one product over the keys up to the last of them
 KEPT_BYTES = 64 << 20  # attention weights of a row beyond this are computed again in backward instead of kept
+LEAST_ROWS = 32  # below which laying out the weights costs more than the product
 LEVELS = 256  # dropout's probability is a multiple of 1 / LEVELS
 _pointwise: Any = torch.ops.mkldnn._linear_pointwise.default
 
@@ -42,6 +46,29 @@ class Rows(NamedTuple):
             start += length
         return spans
 
+    def read_from(self, firsts: list[int]) -> "Read | None":
+        """Of each row the frames from its own first on; None where these are all."""
+        if not any(firsts):
+            return None
+        index = [
+            torch.arange(start + first, start + n)
+            for (start, _, n), first in zip(self.spans(), firsts, strict=True)
+        ]
+        lens = [n - first for n, first in zip(self.lens, firsts, strict=True)]
+        return Read(torch.cat(index), Rows(lens, lens))
+
+
+class Read(NamedTuple):
+    """Frames of a packed batch whose output is read.
+
+    Attributes:
+        frames: where each is in the batch.
+        rows: that they make up themselves.
+    """
+
+    frames: Tensor
+    rows: Rows
+
 
 def serves(x: Tensor) -> bool:
     """Whether the functions here take this input: an x86 CPU, float32 or bfloat16 (also by autocast)."""
@@ -63,12 +90,16 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         ctx.kinds = x.dtype, weight.dtype, bias.dtype if bias is not None else None
-        flat, weight = flat.to(dtype), weight.to(dtype)
         ctx.shape = x.shape
+        ctx.native = _native_serves(flat, weight)
+        if ctx.native:
+            y = native.product(flat, weight, bias.float() if bias is not None else None)
+        else:
+            weight = weight.to(dtype)
+            y = product(flat, weight, bias.to(dtype) if bias is not None else None)
         ctx.save_for_backward(flat, weight)
-        y = product(flat, weight, bias.to(dtype) if bias is not None else None)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -76,6 +107,16 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         grad_x = grad_weight = grad_bias = None
+        if ctx.native:
+            grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+            if ctx.needs_input_grad[0]:
+                grad_x = native.product(grad, weight, dtype=ctx.kinds[0], by_rows=True).view(ctx.shape)
+            if ctx.needs_input_grad[1]:
+                grad_weight, sums = native.product_of_columns(grad, x, ctx.kinds[1], ctx.needs_input_grad[2])
+                grad_bias = None if sums is None else sums.to(ctx.kinds[2])
+            elif ctx.needs_input_grad[2]:
+                grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.kinds[2])
+            return grad_x, grad_weight, grad_bias, None
         if ctx.needs_input_grad[0]:
             grad_x = product(grad, weight.t()).view(ctx.shape).to(ctx.kinds[0])
         if ctx.needs_input_grad[1]:
@@ -88,6 +129,18 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
+def _native_serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels in C take this product."""
+    return (
+        x.dtype == torch.bfloat16
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and x.shape[1] % 2 == weight.shape[0] % 2 == 0
+        and x.shape[0] >= LEAST_ROWS
+        and weight.stride(1) == 1
+        and native.available()
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(…, I) -> (…, O), as `F.linear`, under autocast too; for inputs that this module `serves`."""
     return _Linear.apply(x, weight, bias, compute_dtype(x))
@@ -96,14 +149,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> Tensor:
+        ctx.level, ctx.seed = level, None
+        if native.available():
+            ctx.seed = _draw_seed()
+            return native.drop(x.contiguous(), level, ctx.seed)
         drawn = _draw_bytes(x)
-        ctx.level = level
         ctx.save_for_backward(drawn)
         return _masked(x, drawn, level)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if ctx.seed is not None:
+            return native.drop(grad.contiguous(), ctx.level, ctx.seed), None
         return _masked(grad, ctx.saved_tensors[0], ctx.level), None
+
+
+class _DropAndAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, level: int, other: Tensor) -> Tensor:
+        ctx.level, ctx.seed, ctx.kinds = level, _draw_seed() if level else 0, (x.dtype, other.dtype)
+        dtype = torch.promote_types(x.dtype, other.dtype)
+        return native.drop(x.contiguous(), level, ctx.seed, other.contiguous(), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        dropped, other = ctx.kinds
+        return native.drop(grad.contiguous(), ctx.level, ctx.seed, dtype=dropped), None, grad.to(other)
+
+
+class _ActivateAndDrop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, level: int) -> Tensor:
+        x = x.contiguous()
+        ctx.name, ctx.level, ctx.seed = name, level, _draw_seed() if level else 0
+        ctx.save_for_backward(x)
+        return native.activate_and_drop(name, x, level, ctx.seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return native.activate_and_drop(ctx.name, grad.contiguous(), ctx.level, ctx.seed, x), None, None
+
+
+def _draw_seed() -> int:
+    """What a kernel draws its bytes from, from PyTorch's generator."""
+    return int(torch.empty((), dtype=torch.int64).random_())
 
 
 def _draw_bytes(x: Tensor) -> Tensor:
@@ -128,6 +218,72 @@ def drop(x: Tensor, p: float) -> Tensor:
     if level == 0:
         return x
     return _Drop.apply(x, level) if level < LEVELS else x * 0.0
+
+
+def drop_and_add(x: Tensor, p: float, other: Tensor) -> Tensor:
+    """drop(x, p) + other, of one shape."""
+    level = round(p * LEVELS)
+    kinds = (torch.float32, torch.bfloat16)
+    if level < LEVELS and native.available() and x.dtype in kinds and other.dtype in kinds:
+        return _DropAndAdd.apply(x, level, other)
+    return drop(x, p) + other
+
+
+def activate_and_drop(x: Tensor, name: str, p: float) -> Tensor:
+    """drop(f(x), p), for f "relu" or "gelu"."""
+    level = round(p * LEVELS)
+    if level < LEVELS and native.available() and x.dtype == torch.bfloat16:
+        return _ActivateAndDrop.apply(x, name, level)
+    return drop(F.relu(x) if name == "relu" else F.gelu(x), p)
+
+
+def normalizes(x: Tensor) -> bool:
+    """Whether `normalize` takes this input: float32 frames, (N, D), whose normalization bfloat16 products read."""
+    return (
+        x.dtype == torch.float32
+        and x.dim() == 2
+        and serves(x)
+        and compute_dtype(x) == torch.bfloat16
+        and native.available()
+    )
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Rows | None = None
+) -> tuple[Tensor, Tensor]:
+    """x (N, D), and its layer normalization in bfloat16, times weight, plus bias; for inputs that are `normalizes`.
+
+    Who goes on with the x that comes back has gradients of both branches added in the normalization's own backward.
+
+    Args:
+        weight, bias: (R, D), one set for each row of `rows`; or (1, D) for all frames.
+    """
+    if rows is None:
+        starts, lens = torch.tensor([0]), torch.tensor([len(x)])
+    else:
+        starts, _, lens = torch.tensor(rows.spans()).reshape(-1, 3).t().contiguous().unbind()
+    return _Normalize.apply(x, weight.float().contiguous(), bias.float().contiguous(), starts, lens, eps)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, lens: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        x = x.contiguous()
+        out, stats = native.normalize(x, weight, bias, starts, lens, eps, torch.bfloat16)
+        ctx.save_for_backward(x, weight, starts, lens, stats)
+        return x.view_as(x), out
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if grad is None:
+            return beside, None, None, None, None, None
+        beside = None if beside is None else beside.contiguous()
+        x, weight, starts, lens, stats = ctx.saved_tensors
+        grads = native.normalize_backward(x, weight, starts, lens, stats, grad.contiguous(), beside)
+        return *grads, None, None, None
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -179,7 +335,38 @@ def attend_rows(
         (N, H · d).
     """
     cosine, sine = rotation if rotation is not None else (None, None)
-    return _AttendRows.apply(qkv, cosine, sine, rows, scale, min(round(dropout * LEVELS), LEVELS - 1))
+    level = min(round(dropout * LEVELS), LEVELS - 1)
+    if qkv.dtype == torch.bfloat16 and qkv.shape[-1] % 2 == 0 and native.available():
+        return _AttendNatively.apply(qkv, cosine, sine, rows, scale, level)
+    return _AttendRows.apply(qkv, cosine, sine, rows, scale, level)
+
+
+class _AttendNatively(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cosine: Tensor | None,
+        sine: Tensor | None,
+        rows: Rows,
+        scale: float,
+        level: int,
+    ) -> Tensor:
+        qkv = qkv.contiguous()
+        if cosine is not None and sine is not None:
+            cosine, sine = cosine.float().contiguous(), sine.float().contiguous()
+        starts, prompts, lens = torch.tensor(rows.spans()).reshape(-1, 3).t().contiguous().unbind()
+        seed = _draw_seed() if level else 0
+        ctx.attention = native.Attention(cosine, sine, starts, prompts, lens, scale, level, seed)
+        out, sums = ctx.attention.forward(qkv)
+        ctx.save_for_backward(qkv, out, sums)
+        return out.view(len(qkv), -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        qkv, out, sums = ctx.saved_tensors
+        grad = grad.to(qkv.dtype).contiguous()
+        return ctx.attention.backward(qkv, out, sums, grad), None, None, None, None, None
 
 
 class _AttendRows(torch.autograd.Function):

@@ -76,10 +76,12 @@ class SelfAttention(nn.Module):
         rotation: Rotation | None,
         cache: LayerCache | BagLayer | None,
         rows: cpu.Rows | None = None,
+        read: cpu.Read | None = None,
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if rows is not None:  # x (N, D), rotation (N, d) each
-            return self.out_proj(cpu.attend_rows(self._project(x), rotation, rows, self.scale, dropout))
+            out = cpu.attend_rows(self._project(x), rotation, rows, self.scale, dropout)
+            return self.out_proj(out if read is None else out.index_select(0, read.frames))
         batch, time, dim = x.shape
         query, key, value = self._project(x).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d)
         if rotation is not None:
@@ -168,6 +170,12 @@ class AdaptiveLayerNorm(nn.Module):
             return weight * self.norm(x) + bias
         return cpu.scale_rows(self.norm(x), weight[:, 0], bias[:, 0], rows)
 
+    def split(self, x: Tensor, condition: Tensor | None, rows: cpu.Rows) -> tuple[Tensor, Tensor]:
+        """`cpu.normalize` of packed rows."""
+        weight, bias = self.project_layer(condition)[:, 0].float().chunk(2, -1)
+        bias = torch.addcmul(bias, weight, self.norm.bias)
+        return cpu.normalize(x, weight * self.norm.weight, bias, self.norm.eps, rows)
+
 
 class PlainLayerNorm(nn.LayerNorm):
     """Layer normalization with the signature of the adaptive one."""
@@ -176,6 +184,10 @@ class PlainLayerNorm(nn.LayerNorm):
         self, x: Tensor, condition: Tensor | None = None, rows: cpu.Rows | None = None
     ) -> Tensor:
         return super().forward(x)
+
+    def split(self, x: Tensor, condition: Tensor | None, rows: cpu.Rows) -> tuple[Tensor, Tensor]:
+        """`cpu.normalize` of packed rows."""
+        return cpu.normalize(x, self.weight[None], self.bias[None], self.eps)
 
 
 class TransformerLayer(nn.Module):
@@ -215,21 +227,48 @@ class TransformerLayer(nn.Module):
         condition: Tensor | None,
         rows: cpu.Rows | None = None,
         memory: Memory | None = None,
+        read: cpu.Read | None = None,
     ) -> Tensor:
+        """Of packed rows with `read`, only the output at the frames that it names."""
+        y = x
         if self.norm_first:
-            x = x + self.dropout(self.self_attn(self.norm1(x, condition, rows), mask, rotation, cache, rows))
+            x, y = self._normalize(self.norm1, x, condition, rows)
+        y = self.self_attn(y, mask, rotation, cache, rows, read)
+        if read is not None:
+            x, rows = x.index_select(0, read.frames), read.rows
+        x = self._add(x, y)
+        if self.norm_first:
             if self.multihead_attn is not None:
-                x = x + self.dropout(self.multihead_attn(self.norm2(x, condition), memory, rotation))
-                return x + self._feed_forward(self.norm3(x, condition))
-            return x + self._feed_forward(self.norm2(x, condition, rows))
-        x = self.norm1(x + self.dropout(self.self_attn(x, mask, rotation, cache, rows)), condition, rows)
+                x = self._add(x, self.multihead_attn(self.norm2(x, condition), memory, rotation))
+                return self._add(x, self._feed_forward(self.norm3(x, condition)))
+            x, y = self._normalize(self.norm2, x, condition, rows)
+            return self._add(x, self._feed_forward(y))
+        x = self.norm1(x, condition, rows)
         if self.multihead_attn is not None:
-            x = self.norm2(x + self.dropout(self.multihead_attn(x, memory, rotation)), condition)
-            return self.norm3(x + self._feed_forward(x), condition)
-        return self.norm2(x + self._feed_forward(x), condition, rows)
+            x = self.norm2(self._add(x, self.multihead_attn(x, memory, rotation)), condition)
+            return self.norm3(self._add(x, self._feed_forward(x)), condition)
+        return self.norm2(self._add(x, self._feed_forward(x)), condition, rows)
+
+    @staticmethod
+    def _normalize(
+        norm: "AdaptiveLayerNorm | PlainLayerNorm", x: Tensor, condition: Tensor | None, rows: cpu.Rows | None
+    ) -> tuple[Tensor, Tensor]:
+        """x, and its normalization."""
+        if rows is not None and cpu.normalizes(x):
+            return norm.split(x, condition, rows)
+        return x, norm(x, condition, rows)
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + dropout(y)."""
+        if self.training and cpu.serves(x):
+            return cpu.drop_and_add(y, self.dropout.p, x)
+        return x + self.dropout(y)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+        hidden = self.linear1(x)
+        if self.training and cpu.serves(hidden):
+            return self.linear2(cpu.activate_and_drop(hidden, self.activation_name, self.dropout.p))
+        return self.linear2(self.dropout(self.activation(hidden)))
 
 
 class Transformer(nn.Module):
@@ -315,7 +354,7 @@ class Transformer(nn.Module):
         mask: Tensor | Callable[[], Tensor | None] | None = None,
         cache: Cache | None = None,
         condition: Tensor | None = None,
-        rows: tuple[Tensor, Tensor] | None = None,
+        rows: tuple[Tensor, Tensor, Tensor] | None = None,
         memory: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) at `positions` (B, T) or (T,) -> (B, T, D); with a cache, T new frames behind those it holds.
@@ -323,8 +362,9 @@ class Transformer(nn.Module):
         Args:
             mask: who may attend to whom, True, broadcast to (B, H, T, T); or what makes it when it is needed.
             condition: (B, 1, D) for adaptive normalization.
-            rows: frames of each row from column 0 on, and how many of them see one another, (B,) each: the same as the
-                mask says. With it, what trains on a CPU computes no padding; outputs there are zeros.
+            rows: frames of each row from column 0 on, how many of them see one another, the same as the mask says, and
+                the first whose output is read, (B,) each. With it, what trains on a CPU computes no padding, and of the
+                last layer only what is read; other outputs are zeros.
             memory: for cross-attention, (B, M, D), its lengths (B,) and positions (B, M); a cache keeps what layers
                 read of it.
         """
@@ -338,7 +378,8 @@ class Transformer(nn.Module):
             and not self.cross_attention
             and cpu.serves(x)
         ):
-            return self._over_rows(x, positions, condition, cpu.Rows(rows[0].tolist(), rows[1].tolist()))
+            lens, prompts, firsts = (part.tolist() for part in rows)
+            return self._over_rows(x, positions, condition, cpu.Rows(lens, prompts), firsts)
         rotation = self.rotary(positions) if self.rotary is not None else None
         x = self.dropout(x)
         mask = mask() if callable(mask) else mask
@@ -369,7 +410,9 @@ class Transformer(nn.Module):
             cache.memories = found
         return found
 
-    def _over_rows(self, x: Tensor, positions: Tensor, condition: Tensor | None, rows: cpu.Rows) -> Tensor:
+    def _over_rows(
+        self, x: Tensor, positions: Tensor, condition: Tensor | None, rows: cpu.Rows, firsts: list[int]
+    ) -> Tensor:
         """`forward` over the valid frames alone, (N, D), one row behind the other."""
         batch, time, dim = x.shape
         padded = sum(rows.lens) < batch * time
@@ -383,11 +426,15 @@ class Transformer(nn.Module):
             cosine, sine = self.rotary(positions[index] if padded else positions)
             rotation = cosine[0, 0], sine[0, 0]
         packed = self.dropout(packed)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             packed = self._run(layer, packed, None, rotation, None, condition, rows)
+        read = rows.read_from(firsts)
+        packed = self._run(self.layers[-1], packed, None, rotation, None, condition, rows, None, read)
+        if read is not None:
+            rows, index = read.rows, index[read.frames] if padded else read.frames
         if self.norm is not None:
             packed = self.norm(packed, condition, rows)
-        if padded:
+        if padded or read is not None:
             packed = packed.new_zeros(batch * time, dim).index_copy(0, index, packed)
         return packed.view(batch, time, dim)
 
