@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # each may import itself and what stands before it; config.py stands beside utils
 LAYERS = [
     "utils",
+    "native",
     "modules",
     "codecs",
     "data",

@@ -9,7 +9,7 @@ matrix peak, and utilization compares neighbours, since a machine's speed drifts
     frames/s     frames of prompts and targets over the time of a step
     utilization  operations that forward and backward need over their time and the peak; nothing that a mask hides
                  and nothing computed twice counts (`valle.engine.planning.train_flops`)
-    peak         the fastest of square products, by PyTorch and by oneDNN, in the same number format
+    peak         the fastest of square products, by PyTorch, oneDNN and valle/native, in the same number format
     other        part of a step that is neither forward, backward nor optimizer: batches, sums, what is logged
 
 What is printed is the median over the steps; the first steps warm up. `--bare true` also times a stack of PyTorch's own
@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from valle import native
 from valle.config import ModelConfig, TrainConfig, option, parse, to_dict
 from valle.engine.devices import peak_memory, pick_device
 from valle.engine.planning import Architecture, train_flops
@@ -127,6 +128,8 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
     products = [lambda: torch.mm(a, b)]
     if device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available():
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+        if dtype == torch.bfloat16 and native.available():
+            products.append(lambda: native.product(a, b))
     best = 0.0
     for product in products:
         for _ in range(PEAK_TRIES):
