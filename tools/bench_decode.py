@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from valle import native
 from valle.codecs import load_codec
 from valle.codecs.spectral_codec import SpectralCodec
 from valle.config import option, parse, to_dict
 from valle.models.audio_lm import AudioLM
-from valle.modules.packing import packed
+from valle.modules.packing import NativeLinear, packed
 from valle.utils.command import run
 from valle.utils.errors import UserError
 from valle.utils.files import write_json
@@ -176,6 +177,15 @@ def _dynamic(engine: str) -> Callable[[Tensor, Tensor | None, int], Kernel]:
     return build
 
 
+def _native(dtype: str) -> Callable[[Tensor, Tensor | None, int], Kernel]:
+    def build(weight: Tensor, bias: Tensor | None, batch: int) -> Kernel:
+        if not native.available():
+            raise RuntimeError(native.state())
+        return NativeLinear(weight.float(), bias, dtype).forward
+
+    return build
+
+
 class Candidate(NamedTuple):
     """A kernel: the format of its inputs, and what prepares a weight for a batch size."""
 
@@ -188,16 +198,19 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "F.linear": Candidate(torch.float32, _stock),
         "oneDNN pre-packed": Candidate(torch.float32, _packed),
         "oneDNN pre-packed for 16 rows": Candidate(torch.float32, _packed_for_16),
+        "valle/native": Candidate(torch.float32, _native("fp32")),
     },
     "bf16": {
         "F.linear": Candidate(torch.bfloat16, _stock),
         "oneDNN pre-packed": Candidate(torch.bfloat16, _packed),
         "oneDNN pre-packed for 16 rows": Candidate(torch.bfloat16, _packed_for_16),
+        "valle/native": Candidate(torch.bfloat16, _native("bf16")),
     },
     "int8": {
         "int8 weights only, bf16 inputs": Candidate(torch.bfloat16, _weight_only),
         "dynamic int8, x86": Candidate(torch.float32, _dynamic("x86")),
         "dynamic int8, onednn": Candidate(torch.float32, _dynamic("onednn")),
+        "valle/native": Candidate(torch.float32, _native("int8")),
     },
 }
 

@@ -10,6 +10,7 @@ from models.test_audio_lm import VARIANTS, V, make_batch, make_model
 from torch import nn
 from torch.nn import functional as F
 
+from valle import native
 from valle.modules import bags, packing
 from valle.modules.bags import BagCache
 from valle.modules.packing import FORMATS, DynamicInt8, PackedLinear, pack, pack_linear, packed, quantize_rows
@@ -23,15 +24,15 @@ STEPS_NEAR_WHOLE = {"fp32": 1e-5, "bf16": 0.04, "int8": 0.04}
 ROWS_NEAR_BATCH = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.02}
 
 
-@pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
-    """Many ends of chunks in few frames."""
-    monkeypatch.setattr(bags, "CHUNK", CHUNK)
-
-
-@pytest.fixture(params=["x86", "plain"])
+@pytest.fixture(params=["native", "x86", "plain"])
 def kernels(request, monkeypatch):
     """This machine's kernels, and what stands in for them on others."""
+    if request.param == "native":
+        if not native.available():
+            pytest.skip(native.state())
+        return request.param
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(bags, "CHUNK", CHUNK)  # many ends of chunks in few frames
     if request.param == "plain":
         monkeypatch.setattr(packing, "on_x86", lambda device: False)
     elif not packing.on_x86(torch.device("cpu")):

@@ -10,6 +10,8 @@ general products and fused attention, made for many queries, do not; docs/genera
 Source: embedding bags, Naumov et al. (arXiv 1906.00091, section 3).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,6 +52,7 @@ class BagCache(Cache):
         self.chunks = -(-capacity // CHUNK)
         self.layers = [BagLayer(self) for _ in range(num_layers)]
         self._built = (0, 0)
+        self.table: Any = None  # where it lies, for `valle.native.generation`
         self._first = torch.zeros(0, 1)  # (rows, 1) position of column 0, for as many rows as it was made for
 
     def mask(self, count: int) -> None:
@@ -63,12 +66,17 @@ class BagCache(Cache):
             self._first = -(self.starts + self.position_shift)[:, None]
         return self._first + self.length
 
-    def make_room(self) -> None:
-        """Take one more column; `BagLayer.attend` of every layer then fills and reads it."""
+    def take_column(self) -> int:
+        """One more column, which whoever takes it fills in every layer."""
         column = self.length
         if column >= self.chunks * CHUNK:
             raise RuntimeError(f"the cache has room for {self.chunks * CHUNK} frames, all taken")
         self.length = column + 1
+        return column
+
+    def make_room(self) -> None:
+        """Take one more column; `BagLayer.attend` of every layer then fills and reads it."""
+        column = self.take_column()
         needed = column // CHUNK + 1
         if self._built != (needed, self.rows):
             self._build(needed)

@@ -8,7 +8,8 @@ which the kernels were chosen:
     bf16  oneDNN with weights laid out once, bfloat16 products summed in float32; the residual stream stays float32
     int8  weights by output channel, inputs by frame (LLM.int8(), arXiv 2208.07339, section 2.1, "row-wise"); FBGEMM
 
-Where these kernels are missing (no x86 CPU, a GPU), PyTorch's own products run in the same number formats.
+Where `valle/native` has kernels, these take the place of all three, and a frame's whole step is one call. Where neither
+is there (no x86 CPU, a GPU), PyTorch's own products run in the same number formats.
 """
 
 import copy
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from valle import native
 from valle.modules.stepping import Stepper
-from valle.modules.transformer import AdaptiveLayerNorm, SelfAttention, Transformer
+from valle.modules.transformer import AdaptiveLayerNorm, SelfAttention, Transformer, TransformerLayer
+from valle.native.generation import PackedWeight
 from valle.utils.errors import UserError
 
 # The batch for which oneDNN lays out weights: the layout for 16 rows is read as fast as any at every batch, the one for
@@ -91,6 +94,27 @@ class OneDnnLinear(PackedLinear):
         return _pointwise_binary(x.to(self.dtype), residual, self.blocked, self.bias, "add")
 
 
+class NativeLinear(PackedLinear):
+    """The kernels of `valle/native`: float32, bfloat16 with float32 sums, or 8-bit weights by output channel.
+
+    8-bit inputs are quantized row by row, each by its own range. The result is float32, or bfloat16 from such weights.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str) -> None:
+        nn.Module.__init__(self)
+        scale = None
+        if dtype == "int8":
+            weight, scale = quantize_rows(weight)
+        self.packed = PackedWeight(weight.to(torch.bfloat16) if dtype == "bf16" else weight, bias, scale)
+        self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed.product(x, self.dtype)
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        return self.packed.product(x, self.dtype, activation)
+
+
 class DynamicInt8(PackedLinear):
     """8-bit weights by output channel, 8-bit inputs by frame, products in integers; float32 in and out.
 
@@ -152,6 +176,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> PackedLinear
     """The fastest kernel for a weight (O, I) in a number format, on the weight's device."""
     weight = weight.detach()
     bias = bias.detach() if bias is not None else None
+    if weight.device.type == "cpu" and native.available():
+        return NativeLinear(weight, bias, dtype)
     if on_x86(weight.device):
         if dtype == "int8":
             return DynamicInt8(weight, bias)
@@ -208,6 +234,8 @@ def _replace(parent: nn.Module, name: str, module: nn.Module, dtype: str) -> Non
         module.scale = 1.0
         module.register_parameter("in_proj_weight", None)
         module.register_parameter("in_proj_bias", None)
+    if isinstance(module, TransformerLayer):
+        module.packed = True
     if isinstance(module, Transformer):
         module.packed_dtype, module.stepper = dtype, Stepper(module)
 

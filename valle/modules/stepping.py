@@ -6,12 +6,13 @@ unrolled into plain lists, scale folded into the weights, residuals and activati
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from valle.modules.bags import CHUNK, BagCache
+from valle.native.generation import NativeStep, PackedWeight, StepLayer
 
 if TYPE_CHECKING:
     from valle.modules.transformer import Transformer
@@ -30,11 +31,14 @@ class _Layer(NamedTuple):
 
 
 class Stepper:
-    """Computes single frames of a packed `Transformer` without a condition.
+    """Computes single frames of a packed `Transformer` without a condition; where its layers are `valle/native`'s, all
+    of them in one call.
 
     Args:
         transformer: its layers are packed.
     """
+
+    native: NativeStep | None = None
 
     def __init__(self, transformer: "Transformer") -> None:
         self.nhead, self.head_dim = transformer.nhead, transformer.head_dim
@@ -62,20 +66,51 @@ class Stepper:
         self.norm_first = transformer.norm is not None
         self.norm = _norm(transformer.norm) if transformer.norm is not None else None
         self.activation = transformer.layers[0].activation_name
+        self.native = self._native(transformer)
 
-    def _rotations(self, positions: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Cosines, and sines with the first half negative, of positions (rows, 1) < columns: (rows, 1, d) each."""
+    def _native(self, transformer: "Transformer") -> NativeStep | None:
+        """All layers for `valle/native`, if they are packed by it."""
+        layers = []
+        for layer in cast(Any, transformer.layers):
+            attention = layer.self_attn
+            parts = (attention.project_in, attention.out_proj, layer.linear1, layer.linear2)
+            weights = [getattr(part, "packed", None) for part in parts]
+            if not all(isinstance(weight, PackedWeight) for weight in weights):
+                return None
+            norms = [(norm.weight.detach(), norm.bias.detach()) for norm in (layer.norm1, layer.norm2)]
+            heads = attention.query_norm, attention.key_norm
+            layers.append(
+                StepLayer(*weights, *norms, *(norm and norm.weight.detach() for norm in heads))  # type: ignore[arg-type]
+            )
+        norm = self.norm[1:3] if self.norm is not None else None
+        head_eps = heads[0].eps if heads[0] is not None else 0.0
+        return NativeStep(layers, norm, self.nhead, self.activation, self.layers[0].norm1[3], head_eps)
+
+    def _run_natively(self, native: NativeStep, x: Tensor, positions: Tensor, cache: BagCache) -> Tensor:
+        column = cache.take_column()
+        if cache.table is None:
+            cache.table = native.table([(layer.keys, layer.values) for layer in cache.layers])
+        rows, _, dim = x.shape
+        out = x.reshape(rows, dim).to(torch.float32, copy=True)
+        turns = self._rotations(positions, cache.chunks * CHUNK) if self.rotary is not None else None
+        half = cache.dtype == torch.float16
+        native.run(out, cache.table, cache.chunks, column, half, cache.starts, turns)
+        return out[:, None]
+
+    def _rotations(self, positions: Tensor, columns: int) -> Tensor:
+        """Cosines, and sines with the first half negative, of positions (rows, 1) < columns: (rows, 2, d)."""
         if len(self.table) < columns:
             assert self.rotary is not None
             cosine, sine = self.rotary(torch.arange(columns))
             half = self.head_dim // 2
             sine = torch.cat([-sine[..., :half], sine[..., half:]], -1)
             self.table = torch.stack([cosine[0, 0], sine[0, 0]], 1)
-        found = self.table.index_select(0, positions.view(-1))
-        return found.narrow(1, 0, 1), found.narrow(1, 1, 1)
+        return self.table.index_select(0, positions.view(-1))
 
     def __call__(self, x: Tensor, positions: Tensor, cache: BagCache) -> Tensor:
         """(rows, 1, D) float32 at `positions` (rows, 1) -> (rows, 1, D); the cache grows by one column."""
+        if self.native is not None:
+            return self._run_natively(self.native, x, positions, cache)
         cache.make_room()
         rows, _, dim = x.shape
         x = x.view(rows, dim)
@@ -83,7 +118,8 @@ class Stepper:
         split = (rows, 3 * heads, self.head_dim)
         layer_norm, addcmul = torch.layer_norm, torch.addcmul
         if self.rotary is not None:
-            cosine, sine = self._rotations(positions, cache.chunks * CHUNK)
+            turns = self._rotations(positions, cache.chunks * CHUNK)
+            cosine, sine = turns.narrow(1, 0, 1), turns.narrow(1, 1, 1)
         for layer, store in zip(self.layers, cache.layers, strict=True):
             norm1, project_in, project_out, norm2, widen, narrow, head_norm = layer
             qkv = project_in(layer_norm(x, *norm1) if pre else x).view(split)

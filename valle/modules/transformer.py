@@ -6,13 +6,14 @@ Sources: "Attention is all you need" (arXiv 1706.03762); adaptive normalization 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from valle import native
 from valle.modules import cpu
 from valle.modules.bags import BagCache, BagLayer
 from valle.modules.cache import Cache, GraphCache, KVCache, LayerCache, Memory
@@ -193,6 +194,8 @@ class PlainLayerNorm(nn.LayerNorm):
 class TransformerLayer(nn.Module):
     """Self-attention and feed-forward network with their normalizations."""
 
+    packed = False  # True in packed copies (valle/modules/packing.py)
+
     def __init__(
         self,
         dim: int,
@@ -265,6 +268,8 @@ class TransformerLayer(nn.Module):
         return x + self.dropout(y)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return self.linear2(cast(Any, self.linear1).activated(x, self.activation_name))
         hidden = self.linear1(x)
         if self.training and cpu.serves(hidden):
             return self.linear2(cpu.activate_and_drop(hidden, self.activation_name, self.dropout.p))
@@ -373,7 +378,7 @@ class Transformer(nn.Module):
         if (
             rows is not None
             and cache is None
-            and self.packed_dtype is None
+            and (self.packed_dtype is None or (self.packed_dtype == "bf16" and native.available()))
             and self.by_rows
             and not self.cross_attention
             and cpu.serves(x)

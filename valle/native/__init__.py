@@ -24,6 +24,11 @@ def available() -> bool:
     return bool(_library)
 
 
+def library() -> Any:
+    """The kernels themselves, where they are `available`."""
+    return _library
+
+
 def state() -> str:
     """Where the kernels lie, or why there are none."""
     return load()[1]
@@ -213,6 +218,9 @@ def _declared(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
         ("normalize_backward", "ppppnnppbppppb"),
         ("drop", "pbpbpbnbsb"),
         ("activate", "bpppnbsb"),
+        ("pack", "npnnpb"),
+        ("packed_product", "ppbnpbbb"),
+        ("step", "pppb"),
         ("attend", "ppppppnnnfbsppnb"),
         ("attend_backward", "ppppppnnnfbsppppnb"),
     ):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 SOURCE = Path(__file__).with_name("kernels.c")
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma"}
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma", "f16c"}
 BETTER = {"amx_bf16"}
 FLAGS = [
     "-O3",
@@ -71,6 +74,7 @@ def _compiled() -> Path:
     name = f"kernels-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
     folder = _folder()
     if not (folder / name).exists():
+        logger.info("compiling kernels for this processor, once: into %s", folder)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made, parts = Path(place) / name, Path(place) / "kernels.o"
             _call([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(parts)])

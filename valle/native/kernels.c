@@ -1,6 +1,7 @@
-/* Matrix products of training, for x86 processors with AVX-512 and its bfloat16 products (AMD Zen 4 and later).
+/* Training in bfloat16 and generation, for x86 processors with AVX-512 and its bfloat16 products (AMD Zen 4 and later).
  *
- * Compiled at first use by valle/native/__init__.py, called from valle/modules/cpu.py through ctypes.
+ * Compiled at first use by valle/native/building.py, called through ctypes from valle/native/__init__.py (training) and
+ * valle/native/generation.py.
  *
  * A product C = A B keeps a tile of ROWS x COLUMNS sums in registers and walks along K two steps at a time, since
  * the instruction (vdpbf16ps) adds the products of two neighbours. B lies in panels: for each pair of steps the 64
@@ -12,6 +13,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -67,22 +69,26 @@ INLINE __m512i load32(const void *at, int is_float, int64_t offset, int64_t coun
 /* 16 vectors of 16 32-bit numbers, transposed. */
 INLINE void transpose16(__m512i r[16]) {
     __m512i t[16];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
         r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
         t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
         t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
@@ -95,11 +101,13 @@ INLINE void pack_columns(const void *b, int is_float, int64_t ldb, int64_t colum
         for (int64_t at = 0; at < k; at += 32) {
             int64_t pairs = smaller(16, (k - at + 1) / 2);
             __m512i r[16];
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++)
                 r[i] = part + i < columns ? load32(b, is_float, (part + i) * ldb + at, k - at) : _mm512_setzero_si512();
             transpose16(r);
             uint32_t *to = panel + at / 2 * COLUMNS + part;
             if (pairs == 16)
+#pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * COLUMNS, r[i]);
             else
                 for (int i = 0; i < pairs; i++) _mm512_store_si512(to + i * COLUMNS, r[i]);
@@ -134,6 +142,7 @@ static void pack_transposed(const bf16 *a, int64_t lda, int64_t columns, int64_t
     for (int64_t at = 0; at < k; at += 32)
         for (int64_t column = 0; column < columns; column += 32) {
             __m512i low[16], high[16];
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 int64_t row = at + 2 * i;
                 const bf16 *from = a + row * lda + column;
@@ -154,7 +163,9 @@ static void pack_transposed(const bf16 *a, int64_t lda, int64_t columns, int64_t
             transpose16(low);
             transpose16(high);
             uint32_t *rows = to + column * stride + at / 2;
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(rows + i * stride, low[i]);
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(rows + (16 + i) * stride, high[i]);
         }
 }
@@ -183,7 +194,9 @@ INLINE void store(__m512 x, Result to, int64_t row, int64_t column, __mmask16 ma
 INLINE void tile(int rows, const char *a, int64_t stride, int64_t step, const uint32_t *b, int64_t pairs, Result to,
                  int64_t row, int64_t first, int64_t columns) {
     __m512 sums[ROWS][4];
+#pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
         for (int j = 0; j < 4; j++) sums[i][j] = _mm512_setzero_ps();
     for (int64_t k = 0; k < pairs; k++, b += COLUMNS, a += step) {
         __m512bh b0 = (__m512bh)_mm512_load_si512(b), b1 = (__m512bh)_mm512_load_si512(b + 16);
@@ -793,5 +806,466 @@ int valle_normalize_backward(const float *x, const float *weight, const int64_t 
         }
     free(sums);
     free(all);
+    return 0;
+}
+
+/* ---- packed weights: generation ---- */
+
+/* Weights laid out once as B's panels are, in one of three formats. A step along K is 4 bytes of an input row: one number
+ * in float, two in bfloat16, four in 8 bits; a panel holds 256 bytes for it. 8-bit inputs are unsigned, with a scale and
+ * a zero of each row's own; weights have a scale of each column. */
+enum { FLOATS, BFLOATS, BYTES };
+
+typedef struct {
+    int64_t kind, inner, outer;
+    const void *panels;
+    const float *scale;  /* (outer), 8 bits only */
+    const int32_t *sums; /* (outer) of a column's weights, 8 bits only */
+    const float *bias;   /* (outer), or none */
+} Packed;
+
+/* A block of input rows in the weights' format. */
+typedef struct {
+    char *at;
+    int64_t stride; /* bytes */
+    float *scale;   /* of each row */
+    int32_t *zero;
+} Inputs;
+
+INLINE int64_t steps_of(const Packed *w) { return w->kind == FLOATS ? w->inner : parts(w->inner, w->kind == BYTES ? 4 : 2); }
+
+INLINE int64_t input_bytes(const Packed *w) { return (steps_of(w) * 4 + 127) / 64 * 64; }
+
+/* Columns of (outer, inner) weights, float or 8 bits, into panels. */
+void valle_pack(int64_t kind, const void *weight, int64_t outer, int64_t inner, void *panels, int threads) {
+    Packed w = {kind, inner, outer, NULL, NULL, NULL, NULL};
+    int64_t steps = steps_of(&w), each = kind == BYTES ? 4 : kind == BFLOATS ? 2 : 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < parts(outer, COLUMNS); p++) {
+        char *panel = (char *)panels + p * steps * COLUMNS * 4;
+        int64_t first = p * COLUMNS;
+        if (kind == BFLOATS) {
+            pack_columns((const float *)weight + first * inner, 1, inner, smaller(COLUMNS, outer - first), inner,
+                         (uint32_t *)panel);
+            continue;
+        }
+        int64_t size = kind == BYTES ? 1 : 4;
+        memset(panel, 0, steps * COLUMNS * 4);
+        for (int64_t column = 0; column < smaller(COLUMNS, outer - first); column++)
+            for (int64_t k = 0; k < inner; k++)
+                memcpy(panel + ((k / each) * COLUMNS + column) * 4 + k % each * size,
+                       (const char *)weight + ((first + column) * inner + k) * size, size);
+    }
+}
+
+/* A row of numbers from x on, float or bfloat16, as the weights want it, zeros behind its end. */
+INLINE void put(const Packed *w, const void *x, int is_float, Inputs to, int64_t row) {
+    char *at = to.at + row * to.stride;
+    int64_t n = w->inner;
+    if (w->kind == FLOATS) {
+        for (int64_t i = 0; i < n; i += 16) store16(load16(x, is_float, i, up_to(n - i)), at, 1, i, up_to(n - i));
+    } else if (w->kind == BFLOATS) {
+        for (int64_t i = 0; i < n; i += 16) store16(load16(x, is_float, i, up_to(n - i)), at, 0, i, 0xffff);
+    } else {
+        __m512 low = _mm512_setzero_ps(), high = low, none = low;
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512 v = load16(x, is_float, i, up_to(n - i));
+            low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
+            none = _mm512_fmadd_ps(v, _mm512_setzero_ps(), none); /* 0, or not a number where one of x is none */
+        }
+        float least = _mm512_reduce_min_ps(low), scale = (_mm512_reduce_max_ps(high) - least) / 255;
+        scale = scale > 1e-30f ? scale : 1e-30f;
+        float zero = rintf(-least / scale);
+        to.scale[row] = scale + _mm512_reduce_add_ps(none);
+        to.zero[row] = zero >= 0 && zero <= 255 ? (int32_t)zero : 0;
+        __m512 rate = _mm512_set1_ps(1 / scale), shift = _mm512_set1_ps(zero);
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512i whole = _mm512_cvtps_epi32(_mm512_fmadd_ps(load16(x, is_float, i, up_to(n - i)), rate, shift));
+            whole = _mm512_maskz_max_epi32(up_to(n - i), whole, _mm512_setzero_si512());
+            _mm_storeu_si128((__m128i *)(at + i), _mm512_cvtusepi32_epi8(whole));
+        }
+    }
+}
+
+/* What becomes of a product: stored, added to `base`, or through an activation. */
+typedef struct {
+    void *c;
+    int64_t ldc;
+    int is_float;
+    const float *base;
+    int activation;
+} Output;
+
+INLINE void finish(const Packed *w, __m512i sums, Inputs from, int64_t row, Output to, int64_t out_row, int64_t column) {
+    __mmask16 mask = up_to(w->outer - column);
+    __m512 y;
+    if (w->kind == BYTES) {
+        __m512i own = _mm512_maskz_loadu_epi32(mask, w->sums + column);
+        sums = _mm512_sub_epi32(sums, _mm512_mullo_epi32(own, _mm512_set1_epi32(from.zero[row])));
+        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(from.scale[row]), _mm512_maskz_loadu_ps(mask, w->scale + column));
+        y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
+    } else
+        y = (__m512)sums;
+    if (w->bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, w->bias + column));
+    if (to.activation == RELU) y = _mm512_max_ps(_mm512_setzero_ps(), y);
+    if (to.activation == GELU)
+        y = _mm512_mul_ps(
+            y, normal_below(y, exponential(_mm512_mul_ps(_mm512_mul_ps(y, y), _mm512_set1_ps(-0.5f)))));
+    int64_t at = out_row * to.ldc + column;
+    if (to.base) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, to.base + at));
+    store16(y, to.c, to.is_float, at, mask);
+}
+
+INLINE void packed_tile(int kind, int rows, const Packed *w, const char *panel, Inputs from, int64_t row, Output to,
+                        int64_t out_row, int64_t column) {
+    __m512i sums[ROWS][4];
+    int64_t steps = steps_of(w);
+    const char *a = from.at + row * from.stride;
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums[i][j] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < steps; k++, panel += 256, a += 4) {
+        __m512i b[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            b[j] = _mm512_load_si512(panel + 64 * j);
+            if (rows == 1) _mm_prefetch(panel + 2048 + 64 * j, _MM_HINT_T0);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            int32_t four;
+            memcpy(&four, a + i * from.stride, 4);
+            __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                if (kind == FLOATS)
+                    sums[i][j] = (__m512i)_mm512_fmadd_ps((__m512)x, (__m512)b[j], (__m512)sums[i][j]);
+                else if (kind == BFLOATS)
+                    sums[i][j] = (__m512i)_mm512_dpbf16_ps((__m512)sums[i][j], (__m512bh)x, (__m512bh)b[j]);
+                else
+                    sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], x, b[j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            if (column + 16 * j < w->outer) finish(w, sums[i][j], from, row + i, to, out_row + i, column + 16 * j);
+}
+
+#define PACKED_ROWS(kind, name)                                                                                        \
+    static void name(const Packed *w, const char *panel, Inputs from, int64_t rows, Output to, int64_t out_row,        \
+                     int64_t column) {                                                                                 \
+        for (int64_t row = 0; row < rows; row += ROWS) switch (smaller(rows - row, ROWS)) {                            \
+                case 6: packed_tile(kind, 6, w, panel, from, row, to, out_row + row, column); break;                   \
+                case 5: packed_tile(kind, 5, w, panel, from, row, to, out_row + row, column); break;                   \
+                case 4: packed_tile(kind, 4, w, panel, from, row, to, out_row + row, column); break;                   \
+                case 3: packed_tile(kind, 3, w, panel, from, row, to, out_row + row, column); break;                   \
+                case 2: packed_tile(kind, 2, w, panel, from, row, to, out_row + row, column); break;                   \
+                default: packed_tile(kind, 1, w, panel, from, row, to, out_row + row, column);                         \
+            }                                                                                                          \
+    }
+PACKED_ROWS(FLOATS, rows_of_floats)
+PACKED_ROWS(BFLOATS, rows_of_bfloats)
+PACKED_ROWS(BYTES, rows_of_bytes)
+
+/* Rows times one panel. */
+static void times_panel(const Packed *w, int64_t p, Inputs from, int64_t rows, Output to, int64_t out_row) {
+    const char *panel = (const char *)w->panels + p * steps_of(w) * 256;
+    if (w->kind == FLOATS)
+        rows_of_floats(w, panel, from, rows, to, out_row, p * COLUMNS);
+    else if (w->kind == BFLOATS)
+        rows_of_bfloats(w, panel, from, rows, to, out_row, p * COLUMNS);
+    else
+        rows_of_bytes(w, panel, from, rows, to, out_row, p * COLUMNS);
+}
+
+static char *lay_inputs(Inputs *to, const Packed *w, int64_t rows, char *at) {
+    to->stride = input_bytes(w);
+    at = cut(at, &to->at, rows * to->stride);
+    at = cut(at, &to->scale, rows * 4);
+    return cut(at, &to->zero, rows * 4);
+}
+
+/* out (N, outer) = x (N, inner) through a layer. */
+int valle_packed_product(const Packed *w, const void *x, int x_is_float, int64_t rows, void *out, int out_is_float, int activation,
+                         int threads) {
+    int64_t panels = parts(w->outer, COLUMNS);
+    int64_t block = larger(1, BLOCK_BYTES / input_bytes(w) / ROWS) * ROWS;
+    Inputs all;
+    char *memory = room(FOR_A, (size_t)lay_inputs(&all, w, rows, NULL));
+    if (!memory) return 1;
+    lay_inputs(&all, w, rows, memory);
+    Output to = {out, w->outer, out_is_float, NULL, activation};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) x_is_float ? put(w, (const float *)x + row * w->inner, 1, all, row)
+                       : put(w, (const bf16 *)x + row * w->inner, 0, all, row);
+        for (int64_t above = 0; above < rows; above += block) {
+            Inputs from = {all.at + above * all.stride, all.stride, all.scale + above, all.zero + above};
+#pragma omp for schedule(static) nowait
+            for (int64_t p = 0; p < panels; p++) times_panel(w, p, from, smaller(block, rows - above), to, above);
+        }
+    }
+    return 0;
+}
+
+/* ---- a step of generation ---- */
+
+typedef struct {
+    Packed in, out, widen, narrow;
+    const float *norm1, *bias1, *norm2, *bias2; /* normalizations */
+    const float *query_norm, *key_norm;         /* (size), or none: root-mean-square, of queries and keys */
+    void *keys, *values; /* (rows, heads, chunks, size, COLUMNS) and (rows, heads, chunks * COLUMNS, size) */
+} StepLayer;
+
+typedef struct {
+    int64_t layers, rows, dim, heads, size;
+    int64_t norm_first, activation, half; /* half: keys and values are 16-bit floats */
+    int64_t chunks, column;               /* of the cache, and where the new frame goes */
+    const int64_t *starts;                /* (rows): columns before these are hidden */
+    const float *turns;                   /* (rows, 2, size): cosines, and sines in the second half; or none */
+    const float *norm, *bias;             /* the last normalization, or none */
+    float eps, head_eps;
+} Step;
+
+/* Threads wait for each other here: they turn for a while, then leave the core to others. */
+typedef struct {
+    _Alignas(64) _Atomic int waiting;
+    _Alignas(64) _Atomic int passed;
+} Gate;
+
+static void wait_for_all(Gate *gate, int threads) {
+    if (threads == 1) return;
+    int passed = __atomic_load_n(&gate->passed, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&gate->waiting, 1, __ATOMIC_ACQ_REL) == threads) {
+        __atomic_store_n(&gate->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&gate->passed, passed + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int turn = 0; __atomic_load_n(&gate->passed, __ATOMIC_ACQUIRE) == passed; turn++)
+        if (turn < 2000)
+            _mm_pause();
+        else
+            sched_yield();
+}
+
+static void normalize_row(const float *x, const float *weight, const float *bias, int64_t size, float eps, float *to) {
+    __m512 sum = _mm512_setzero_ps(), squares = sum;
+    for (int64_t j = 0; j < size; j += 16) sum = _mm512_add_ps(sum, load16(x, 1, j, up_to(size - j)));
+    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / size);
+    for (int64_t j = 0; j < size; j += 16) {
+        __m512 apart = _mm512_maskz_sub_ps(up_to(size - j), load16(x, 1, j, up_to(size - j)), mean);
+        squares = _mm512_fmadd_ps(apart, apart, squares);
+    }
+    __m512 rate = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / size + eps));
+    for (int64_t j = 0; j < size; j += 16) {
+        __mmask16 mask = up_to(size - j);
+        __m512 y = _mm512_mul_ps(_mm512_sub_ps(load16(x, 1, j, mask), mean), rate);
+        _mm512_mask_storeu_ps(to + j, mask, _mm512_fmadd_ps(y, load16(weight, 1, j, mask), load16(bias, 1, j, mask)));
+    }
+}
+
+INLINE __m512 cached16(const void *at, int64_t half, int64_t offset, __mmask16 mask) {
+    if (half) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)at + offset));
+    return _mm512_maskz_loadu_ps(mask, (const float *)at + offset);
+}
+
+INLINE void cache1(void *at, int64_t half, int64_t offset, float x) {
+    if (half)
+        ((uint16_t *)at)[offset] = _cvtss_sh(x, 0);
+    else
+        ((float *)at)[offset] = x;
+}
+
+/* One query or key, normalized and turned. */
+static void prepare(float *x, const float *norm, const Step *s, int64_t row) {
+    int64_t size = s->size, middle = size / 2;
+    if (norm) {
+        float sum = 0;
+        for (int64_t i = 0; i < size; i++) sum += x[i] * x[i];
+        float rate = 1 / sqrtf(sum / size + s->head_eps);
+        for (int64_t i = 0; i < size; i++) x[i] *= rate * norm[i];
+    }
+    if (!s->turns) return;
+    const float *cosine = s->turns + row * 2 * size, *sine = cosine + size + middle;
+    for (int64_t i = 0; i < middle; i++) {
+        float one = x[i], two = x[middle + i];
+        x[i] = one * cosine[i] - two * sine[i];
+        x[middle + i] = two * cosine[i] + one * sine[i];
+    }
+}
+
+/* A row's head: the new key and value go into the cache, and the query over all of it into out. */
+INLINE void attend_one(const Step *s, const StepLayer *layer, float *qkv, int64_t row, int64_t head, float *scores,
+                       float *out, int half) {
+    int64_t size = s->size, dim = s->dim, columns = s->chunks * COLUMNS, count = s->column + 1;
+    float *query = qkv + row * 3 * dim + head * size, *key = query + dim, *value = key + dim;
+    prepare(query, layer->query_norm, s, row);
+    prepare(key, layer->key_norm, s, row);
+    int64_t place = (row * s->heads + head) * columns * size, width = half ? 2 : 4;
+    char *keys = (char *)layer->keys + place * width, *values = (char *)layer->values + place * width;
+    for (int64_t i = 0; i < size; i++) {
+        cache1(keys, half, (s->column / COLUMNS * size + i) * COLUMNS + s->column % COLUMNS, key[i]);
+        cache1(values, half, s->column * size + i, value[i]);
+    }
+    int64_t start = s->starts[row], first = start / COLUMNS * COLUMNS;
+    __m512 most = _mm512_set1_ps(-INFINITY);
+    for (int64_t c = first; c < count; c += COLUMNS) {
+        __m512 sums[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums[j] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < size; i++) {
+            __m512 q = _mm512_set1_ps(query[i]);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                sums[j] = _mm512_fmadd_ps(q, cached16(keys, half, c * size + i * COLUMNS + 16 * j, 0xffff), sums[j]);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            int64_t at = c + 16 * j;
+            __mmask16 seen = up_to(count - at) & (__mmask16)~up_to(start - at);
+            sums[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, sums[j]);
+            most = _mm512_max_ps(most, sums[j]);
+            _mm512_storeu_ps(scores + at, sums[j]);
+        }
+    }
+    __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most)), total = _mm512_setzero_ps();
+    for (int64_t c = first; c < parts(count, COLUMNS) * COLUMNS; c += 16) {
+        __m512 x = _mm512_loadu_ps(scores + c);
+        __mmask16 hidden = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+        x = _mm512_mask_mov_ps(exponential(_mm512_sub_ps(x, top)), hidden, _mm512_setzero_ps());
+        total = _mm512_add_ps(total, x);
+        _mm512_storeu_ps(scores + c, x);
+    }
+    float scale = 1 / _mm512_reduce_add_ps(total);
+    for (int64_t i = 0; i < size; i += 64) {
+        __m512 sums[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums[j] = _mm512_setzero_ps();
+        if (size - i >= 64)
+            for (int64_t c = start; c < count; c++) {
+                __m512 p = _mm512_set1_ps(scores[c]);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    sums[j] = _mm512_fmadd_ps(p, cached16(values, half, c * size + i + 16 * j, 0xffff), sums[j]);
+            }
+        else
+            for (int64_t c = start; c < count; c++)
+                for (int j = 0; 16 * j < size - i; j++)
+                    sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[c]),
+                                              cached16(values, half, c * size + i + 16 * j, up_to(size - i - 16 * j)),
+                                              sums[j]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            _mm512_mask_storeu_ps(out + row * dim + head * size + i + 16 * j, up_to(size - i - 16 * j),
+                                  _mm512_mul_ps(sums[j], _mm512_set1_ps(scale)));
+    }
+}
+
+typedef struct {
+    Gate *gate;
+    float *x, *other, *qkv, *attended, *hidden; /* of all threads */
+} Shared;
+
+typedef struct {
+    float *base, *normal, *scores; /* a thread's own */
+    Inputs from;
+} Own;
+
+static char *lay_shared(Shared *t, const Step *s, const StepLayer *layer, char *at) {
+    at = cut(at, &t->gate, sizeof(Gate));
+    at = cut(at, &t->other, s->rows * s->dim * 4);
+    at = cut(at, &t->qkv, s->rows * 3 * s->dim * 4);
+    at = cut(at, &t->attended, s->rows * s->dim * 4);
+    return cut(at, &t->hidden, s->rows * layer->widen.outer * 4);
+}
+
+static char *lay_own(Own *t, const Step *s, const StepLayer *layer, char *at) {
+    at = cut(at, &t->base, s->rows * s->dim * 4);
+    at = cut(at, &t->normal, s->dim * 4);
+    at = cut(at, &t->scores, (s->chunks + 1) * COLUMNS * 4);
+    return lay_inputs(&t->from, layer->narrow.inner > s->dim ? &layer->narrow : &layer->in, s->rows, at);
+}
+
+/* Rows of x as the weights want them, normalized first if there is a norm; what a residual is added to is x, or with
+ * `base` its normalization. */
+static const float *take(const Packed *w, const float *x, const float *norm, const float *bias, const Step *s, Own *own,
+                         int base) {
+    own->from.stride = input_bytes(w);
+    for (int64_t row = 0; row < s->rows; row++) {
+        const float *from = x + row * w->inner;
+        if (norm) {
+            float *to = base ? own->base + row * s->dim : own->normal;
+            normalize_row(from, norm, bias, s->dim, s->eps, to);
+            from = to;
+        }
+        put(w, from, 1, own->from, row);
+    }
+    return norm && base ? own->base : x;
+}
+
+static void all_panels(const Packed *w, const Step *s, Own *own, Output to, int thread, int threads) {
+    int64_t panels = parts(w->outer, COLUMNS);
+    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
+        times_panel(w, p, own->from, s->rows, to, 0);
+}
+
+static void run_layers(const Step *s, const StepLayer *layers, const Shared *t, Own *own, int thread, int threads) {
+    int64_t dim = s->dim, tasks = s->rows * s->heads;
+    for (int64_t number = 0; number < s->layers; number++) {
+        const StepLayer *layer = layers + number, *before = layer - 1;
+        const float *base;
+        if (s->norm_first)
+            base = take(&layer->in, t->x, layer->norm1, layer->bias1, s, own, 0);
+        else
+            base = number ? take(&layer->in, t->x, before->norm2, before->bias2, s, own, 1)
+                          : take(&layer->in, t->x, NULL, NULL, s, own, 1);
+        all_panels(&layer->in, s, own, (Output){t->qkv, 3 * dim, 1, NULL, PLAIN}, thread, threads);
+        wait_for_all(t->gate, threads);
+        for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++)
+            if (s->half)
+                attend_one(s, layer, t->qkv, task / s->heads, task % s->heads, own->scores, t->attended, 1);
+            else
+                attend_one(s, layer, t->qkv, task / s->heads, task % s->heads, own->scores, t->attended, 0);
+        wait_for_all(t->gate, threads);
+        take(&layer->out, t->attended, NULL, NULL, s, own, 0);
+        all_panels(&layer->out, s, own, (Output){t->other, dim, 1, base, PLAIN}, thread, threads);
+        wait_for_all(t->gate, threads);
+        base = take(&layer->widen, t->other, s->norm_first ? layer->norm2 : layer->norm1,
+                    s->norm_first ? layer->bias2 : layer->bias1, s, own, !s->norm_first);
+        all_panels(&layer->widen, s, own, (Output){t->hidden, layer->widen.outer, 1, NULL, (int)s->activation}, thread,
+                   threads);
+        wait_for_all(t->gate, threads);
+        take(&layer->narrow, t->hidden, NULL, NULL, s, own, 0);
+        all_panels(&layer->narrow, s, own, (Output){t->x, dim, 1, base, PLAIN}, thread, threads);
+        wait_for_all(t->gate, threads);
+    }
+}
+
+/* One new frame of each row: x (rows, dim) goes through all layers, in place; keys and values gain a column. */
+int valle_step(const Step *s, const StepLayer *layers, float *x, int threads) {
+    Shared shared;
+    char *memory = room(FOR_B, (size_t)lay_shared(&shared, s, layers, NULL));
+    if (!memory) return 1;
+    lay_shared(&shared, s, layers, memory);
+    memset(shared.gate, 0, sizeof(Gate));
+    shared.x = x;
+    Own own;
+    int64_t each = (int64_t)lay_own(&own, s, layers, NULL);
+    char *mine = room(FOR_A, (size_t)(each * threads));
+    if (!mine) return 1;
+#pragma omp parallel num_threads(threads) private(own)
+    {
+        lay_own(&own, s, layers, mine + each * omp_get_thread_num());
+        run_layers(s, layers, &shared, &own, omp_get_thread_num(), omp_get_num_threads());
+    }
+    const float *norm = s->norm_first ? s->norm : layers[s->layers - 1].norm2;
+    const float *bias = s->norm_first ? s->bias : layers[s->layers - 1].bias2;
+    if (norm)
+        for (int64_t row = 0; row < s->rows; row++)
+            normalize_row(x + row * s->dim, norm, bias, s->dim, s->eps, x + row * s->dim);
     return 0;
 }
