@@ -1,8 +1,14 @@
 """Shared fixtures."""
 
+import signal
+
 import pytest
 import torch
 from synthetic import write_tokenized
+
+# Shells start background jobs with SIGINT ignored, and the commands that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -105,8 +105,9 @@ def damage(monkeypatch, tool, damaged):
 
 def test_a_damaged_ar_decoder_is_caught(tool, model, cuts, monkeypatch):
     def swap(copy):
-        layers = copy.ar_decoder.stepper.layers
-        layers[0], layers[1] = layers[1], layers[0]
+        stepper = copy.ar_decoder.stepper
+        for layers in (stepper.layers, stepper.native.layers if stepper.native is not None else [0, 1]):
+            layers[0], layers[1] = layers[1], layers[0]
 
     damage(monkeypatch, tool, swap)
     found = means(tool.measure_formats(model, cuts, seed=0)["fp32"])
