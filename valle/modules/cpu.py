@@ -6,6 +6,10 @@
     attend_rows  attention row by row, over its own frames only: no padding, no mask, and no product where causality
                  leaves nothing. In bfloat16 plain products take half the time of PyTorch's fused kernel
     scale_rows   adaptive normalization's weights, one set a row
+    normalize    a layer's normalization, for bfloat16 products
+    read_from    (of `Rows`) the frames whose output is read: the last layer computes no others
+
+In bfloat16 the kernels in C of `valle/native` do it where they are there; what is said above is what runs elsewhere.
 
 Where a function does not serve (a GPU, another number format), it says so by `serves`, and callers use PyTorch's.
 """
